@@ -1,0 +1,187 @@
+"""What a call may be given: every check of an argument, before anything is compiled."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from asl_pallas import kernels
+from asl_pallas.formula import TRACED
+
+LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def check_logits(logits: Any) -> Array:
+    array = _array("logits", logits)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"logits have dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.ndim == 0:
+        raise ValueError("logits are a scalar; expected shape (..., classes)")
+    return array
+
+
+def check_labels(labels: Any, logits: Array, where: Array | None, ignore_label: int | None) -> Array:
+    array = _array("labels", labels)
+    if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
+        raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
+    if array.shape != logits.shape:
+        raise ValueError(f"labels have shape {array.shape}; expected the logits' shape {logits.shape}")
+    if ignore_label is not None and _is_real(array.dtype):
+        raise TypeError(
+            f"ignore_label={ignore_label} needs integer labels and labels have dtype {array.dtype.name}; leave soft "
+            "labels out with where"
+        )
+    if array.dtype == jnp.bool_ or is_traced(array) or is_traced(where) or not array.is_fully_addressable:
+        return array
+    outside = (array < 0) | (array > 1)
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        outside = (array != 0) & (array != 1)
+    if ignore_label is not None:
+        outside &= array != ignore_label
+    if where is not None:
+        outside &= where
+    if outside.any():
+        value = array[outside][0]
+        allowed = "0 or 1" if jnp.issubdtype(array.dtype, jnp.integer) else "between 0 and 1"
+        besides = "" if ignore_label is None else f", or ignore_label={ignore_label}"
+        raise ValueError(f"labels hold {value}; expected {allowed}{besides}")
+    return array
+
+
+def check_where(where: Any, logits: Array) -> Array | None:
+    if where is None:
+        return None
+    array = _array("where", where)
+    if array.dtype != jnp.bool_:
+        raise TypeError(f"where has dtype {array.dtype.name}; expected bool")
+    return _broadcastable("where", array, logits.shape)
+
+
+def check_weights(weights: Any, logits: Array) -> Array | None:
+    if weights is None:
+        return None
+    return _broadcastable("weights", _real("weights", weights), logits.shape)
+
+
+def check_pos_weight(pos_weight: Any, logits: Array) -> Array | None:
+    if pos_weight is None:
+        return None
+    array = _real("pos_weight", pos_weight)
+    classes = logits.shape[-1]
+    if array.shape not in ((), (1,), (classes,)):
+        raise ValueError(f"pos_weight has shape {array.shape}; expected a scalar or ({classes},), one a class")
+    return array
+
+
+def check_hyperparameter(name: str, number: Any) -> tuple[float | None, Array | None]:
+    """(the number, None) where it is known in Python; (TRACED, the scalar) where JAX has it."""
+    below_one = name == "clip"
+    allowed = "0 <= clip < 1" if below_one else f"{name} >= 0 and finite"
+    if isinstance(number, (bool, str, complex)) or number is None:
+        raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar")
+    if not isinstance(number, jax.Array):
+        try:
+            known = float(number)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar") from error
+        if not (0 <= known < (1 if below_one else math.inf)):
+            raise ValueError(f"{name}={number!r}; expected {allowed}")
+        return known, None
+    if number.shape != () or not (jnp.issubdtype(number.dtype, jnp.integer) or _is_real(number.dtype)):
+        raise TypeError(f"{name} is an array {number.dtype.name}{list(number.shape)}; expected a real scalar")
+    if not is_traced(number) and not (0 <= float(number) < (1 if below_one else math.inf)):
+        raise ValueError(f"{name}={float(number)}; expected {allowed}")
+    return TRACED, number
+
+
+def check_label_smoothing(label_smoothing: Any) -> float:
+    number = _python_number("label_smoothing", label_smoothing)
+    if not 0 <= number < 1:
+        raise ValueError(f"label_smoothing={label_smoothing!r}; expected 0 <= label_smoothing < 1")
+    return number
+
+
+def check_ignore_label(ignore_label: Any) -> int | None:
+    if ignore_label is None:
+        return None
+    number = _python_number("ignore_label", ignore_label)
+    if not number.is_integer():
+        raise ValueError(f"ignore_label={ignore_label!r}; expected an integer")
+    if number in (0, 1):
+        raise ValueError(f"ignore_label={ignore_label!r}; expected an integer that is no label, so neither 0 nor 1")
+    return int(number)
+
+
+def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The axes to sum over, counted from the front."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    found = []
+    for one in axes:
+        if isinstance(one, bool) or not isinstance(one, (int, np.integer)):
+            raise TypeError(f"axis={axis!r}; expected an integer, a tuple of integers, () or None")
+        if not -ndim <= one < ndim:
+            raise ValueError(f"axis={axis!r} is out of range; the logits have {ndim} dimensions")
+        found.append(int(one) % ndim)
+    if len(set(found)) != len(found):
+        raise ValueError(f"axis={axis!r} names a dimension twice")
+    return tuple(sorted(found))
+
+
+def check_implementation(implementation: Any) -> str | None:
+    if implementation is not None and implementation not in kernels.PLATFORMS:
+        known = ", ".join(map(repr, kernels.PLATFORMS))
+        raise ValueError(f"implementation={implementation!r}; expected None or one of {known}")
+    return implementation
+
+
+def check_flag(name: str, flag: Any) -> bool:
+    if not isinstance(flag, (bool, np.bool_)):
+        raise TypeError(f"{name}={flag!r}; expected True or False")
+    return bool(flag)
+
+
+def _array(name: str, x: Any) -> Array:
+    if isinstance(x, jax.Array):
+        return x
+    raw = np.asarray(x) if not hasattr(x, "__jax_array__") else x
+    if isinstance(raw, np.ndarray) and raw.dtype.kind in "USOMmV" and raw.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"{name} has dtype {raw.dtype}; expected numbers")
+    return jnp.asarray(raw)
+
+
+def _real(name: str, x: Any) -> Array:
+    array = _array(name, x)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
+        raise TypeError(f"{name} has dtype {array.dtype.name}; expected an integer or a float dtype")
+    return array
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _broadcastable(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+    try:
+        fits = np.broadcast_shapes(array.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} has shape {array.shape}; expected one that broadcasts to the logits' {shape}")
+    return array
+
+
+def _python_number(name: str, number: Any) -> float:
+    if isinstance(number, (bool, jax.Array)) or not isinstance(number, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name}={number!r}; expected a Python number")
+    return float(number)

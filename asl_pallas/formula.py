@@ -1,0 +1,215 @@
+"""The asymmetric loss of one element: its value, its derivative, and both at once.
+
+This file holds all of the mathematics and nothing else. It is plain ``jnp``, so the same lines run inside a TPU kernel,
+inside a GPU kernel and under XLA. A formula is any object with the three methods of `Formula`; another loss of the family
+is another small class here and no line in a kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+# A hyper-parameter: a Python number compiles into specialised code, a traced scalar serves a whole schedule with one
+# compilation, and `TRACED` marks the place of the latter in a formula that has to be hashable.
+Scalar = Any
+TRACED = None
+
+# Beyond this logit the probability of the right answer is 0 even in float64 (exp(-746) underflows).
+_SATURATED = 1000.0
+# Powers up to this one are chains of multiplications.
+_LARGEST_CHAIN = 16
+
+
+# How the chip divides: 1 / z for z in [1e-6, 2]. A kernel passes its own where the exact one costs too much.
+Reciprocal = Callable[[Array], Array]
+
+
+def exact_reciprocal(z: Array) -> Array:
+    return 1.0 / z
+
+
+class Formula(Protocol):
+    """What a kernel asks of a loss. `positive` is a bool array like `logit`, or a Python bool for one side only."""
+
+    def value(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal) -> Array: ...
+
+    def gradient(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal) -> Array: ...
+
+    def value_and_gradient(
+        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal
+    ) -> tuple[Array, Array]: ...
+
+    def traced(self) -> tuple[str, ...]: ...
+
+    def bind(self, scalars: tuple[Scalar, ...]) -> Formula: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class AsymmetricLoss:
+    r"""The asymmetric loss (ASL) of a logit x with a hard label, and its derivative with respect to x.
+
+    With p = sigmoid(x) and p_m = max(p - clip, 0), equations (4) to (7) of arXiv 2009.14119:
+
+        positive:  L+ = (1 - p)^gamma_pos * -log(p)
+        negative:  L- = p_m^gamma_neg * -log(1 - p_m)
+
+    Both sides are one expression in u, the logit of the *wrong* answer (-x for a positive, x for a negative), with the
+    margin c (0 for a positive, clip for a negative):
+
+        w = sigmoid(u),  m = max(w - c, 0),  L = m^g * -log(1 - m)
+        dL/du = w * [m^g * (1 - w) / (1 - m) + g * m^(g - 1) * (1 - w) * -log(1 - m)],  0 where w <= c
+
+    Nothing is clamped: a positive at x = -1e4 has the loss 1e4 and the slope -1. Loss and slope are finite wherever the
+    mathematics is, for infinite logits too, and NaN for a NaN. All selects are taken so that the derivative of the
+    slope, by autodiff, is right at x = 0 as well.
+
+    Attributes:
+      gamma_neg, gamma_pos: focusing exponents, >= 0.
+      clip: probability margin in [0, 1).
+      stop_focus_gradient: the focusing factor m^g counts as a constant in the derivative.
+    """
+
+    gamma_neg: Scalar = 4.0
+    gamma_pos: Scalar = 1.0
+    clip: Scalar = 0.05
+    stop_focus_gradient: bool = False
+
+    def value(
+        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal
+    ) -> Array:
+        return self._evaluate(logit, positive, reciprocal, gradient=False)[0]
+
+    def gradient(
+        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal
+    ) -> Array:
+        return self._evaluate(logit, positive, reciprocal, gradient=True)[1]
+
+    def value_and_gradient(
+        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal
+    ) -> tuple[Array, Array]:
+        return self._evaluate(logit, positive, reciprocal, gradient=True)
+
+    def traced(self) -> tuple[str, ...]:
+        """Names of the hyper-parameters that `bind` has to fill in, in its order."""
+        return tuple(n for n in ("gamma_neg", "gamma_pos", "clip") if getattr(self, n) is TRACED)
+
+    def bind(self, scalars: tuple[Scalar, ...]) -> AsymmetricLoss:
+        return dataclasses.replace(self, **dict(zip(self.traced(), scalars, strict=True)))
+
+    def _evaluate(
+        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal, gradient: bool
+    ) -> tuple[Array, Array]:
+        sign = _select(positive, -1.0, 1.0, logit.dtype)
+        u = logit * sign
+        wrong, right, a, t, above = _sigmoid(u, reciprocal)
+
+        # -log(1 - m): for a positive softplus(u), from u itself, since 1 - w underflows; for a negative with a margin
+        # from (1 - w) + clip, which is at least clip. One logarithm serves both.
+        # share = (1 - w) / (1 - m).
+        if self._has_margin:
+            margin = _select(positive, 0.0, self.clip, u.dtype)
+            m = jnp.maximum(wrong - margin, 0.0)
+            rest = jnp.minimum(right + margin, 1.0)
+            softplus = positive if _is_static(self.clip) else jnp.logical_or(positive, margin == 0.0)
+            z = _select(softplus, t, rest)
+            log = self._log(z, lambda: _select(softplus, a, -m))
+            flip = sign if _is_static(self.clip) else _select(softplus, -1.0, 1.0, u.dtype)
+            loss = _select(_and(softplus, above), u, 0.0) - flip * log
+            share = _select(softplus, 1.0, right * reciprocal(z)) if gradient else 1.0
+        else:
+            m = wrong
+            loss = jnp.where(above, u, 0.0) + self._log(t, lambda: a)
+            share = 1.0
+
+        # slope = gamma * m^(gamma - 1); focus = m^gamma.
+        slope, focus = self._focus(m, positive)
+        if self.stop_focus_gradient:
+            focus = lax.stop_gradient(focus) if isinstance(focus, Array) else focus
+        value = focus * loss
+        if not gradient:
+            return value, value
+        du = focus * share
+        if not self.stop_focus_gradient:
+            # The bound keeps inf * 0 out; where it bites, right is 0.
+            du = du + slope * (jnp.minimum(loss, _SATURATED) * right)
+        return value, wrong * du * sign
+
+    @property
+    def _has_margin(self) -> bool:
+        return not (_is_static(self.clip) and self.clip == 0)
+
+    def _log(self, z: Array, z_minus_one) -> Array:
+        """log(z), relatively accurate near z = 1 too where no focusing factor makes such elements negligible."""
+        log = jnp.log(z)
+        if all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos)):
+            return log
+        # log(1 + y) = log(z) * y / (z - 1) for z = 1 + y rounded: the rounding of z cancels.
+        y = z_minus_one()
+        one = z == 1.0
+        return jnp.where(one, y, log * (y / jnp.where(one, 1.0, z - 1.0)))
+
+    def _focus(self, m: Array, positive: Array | bool) -> tuple[Array, Array]:
+        """gamma * m^(gamma - 1) and m^gamma of the element's own side."""
+        sides = _sides(positive, self.gamma_pos, self.gamma_neg)
+        if not all(_is_chain(gamma) for gamma in sides):
+            gamma = _select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
+            inside = m > 0.0
+            power = jnp.where(inside, jnp.exp((gamma - 1.0) * jnp.log(jnp.where(inside, m, 1.0))), 0.0)
+            return gamma * power, power * m
+        power = [_power(m, gamma - 1) if gamma else 0.0 for gamma in sides]
+        slope = _select(positive, *(g * p for g, p in zip(sides, power, strict=True)), m.dtype)
+        if all(gamma >= 1 for gamma in sides):
+            return slope, _select(positive, *power, m.dtype) * m
+        step = (m > 0.0).astype(m.dtype) if self._has_margin else 1.0  # m^0 on the active side of the margin
+        focus = (power * m if gamma else step for gamma, power in zip(sides, power, strict=True))
+        return slope, _select(positive, *focus, m.dtype)
+
+
+def _sigmoid(u: Array, reciprocal: Reciprocal) -> tuple[Array, Array, Array, Array, Array]:
+    """sigmoid(u), sigmoid(-u), a = exp(-|u|), 1 + a, and u >= 0: no cancellation on either side."""
+    above = u >= 0.0
+    # Not -abs(u): its derivative at u = 0 is 0 under autodiff, and the curvature there would come out wrong.
+    a = jnp.exp(jnp.where(above, -u, u))
+    t = 1.0 + a
+    r = reciprocal(t)
+    ar = a * r
+    return jnp.where(above, r, ar), jnp.where(above, ar, r), a, t, above
+
+
+def _power(m: Array, n: float) -> Array | float:
+    return 1.0 if n == 0 else lax.integer_pow(m, int(n))
+
+
+def _is_static(number: Scalar) -> bool:
+    return isinstance(number, (int, float))
+
+
+def _is_chain(gamma: Scalar) -> bool:
+    return _is_static(gamma) and float(gamma).is_integer() and gamma <= _LARGEST_CHAIN
+
+
+def _sides(positive: Array | bool, of_positive: Scalar, of_negative: Scalar) -> tuple[Scalar, ...]:
+    """Both sides' numbers; twice the same where only one side can occur."""
+    if isinstance(positive, bool):
+        return (of_positive,) * 2 if positive else (of_negative,) * 2
+    return of_positive, of_negative
+
+
+def _select(condition: Array | bool, yes: Any, no: Any, dtype: Any = None) -> Any:
+    """jnp.where that leaves no trace where both sides agree or the condition is known; `dtype` types two constants."""
+    if isinstance(condition, bool):
+        return yes if condition else no
+    if _is_static(yes) and _is_static(no):
+        return yes if yes == no else jnp.where(condition, jnp.asarray(yes, dtype), jnp.asarray(no, dtype))
+    return jnp.where(condition, yes, no)
+
+
+def _and(left: Array | bool, right: Array) -> Array | bool:
+    if isinstance(left, bool):
+        return right if left else False
+    return jnp.logical_and(left, right)

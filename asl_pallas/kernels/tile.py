@@ -1,0 +1,137 @@
+"""What a kernel does with a tile, whatever moved it there: labels, masks and weights around the formula.
+
+Every kernel loads tiles of its operands and hands them to `Task.evaluate`; no kernel decodes a label or applies a mask
+itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from asl_pallas.formula import Formula, Reciprocal, exact_reciprocal
+
+
+Side = Callable[[Array | bool], "Result"]
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, in two dimensions; None where the call has none.
+
+    logits, labels: (rows, classes). where, weights: (rows or 1, classes). pos_weight: (1, classes).
+    cotangent: (rows, 1), or (rows, classes) for losses per element; multiplies the gradient before it is rounded.
+    scalars: (n,), the traced hyper-parameters in the formula's order.
+    """
+
+    logits: Array
+    labels: Array
+    where: Array | None = None
+    weights: Array | None = None
+    pos_weight: Array | None = None
+    cotangent: Array | None = None
+    scalars: Array | None = None
+
+
+class Result(NamedTuple):
+    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype."""
+
+    value: Array | None
+    gradient: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The static half of a call: hashable, so that one compilation serves all calls that agree on it."""
+
+    formula: Formula
+    value: Literal["rows", "elements"] | None
+    gradient: bool
+    ignore_label: int | None = None
+    label_smoothing: float = 0.0
+
+    def evaluate(
+        self, tile: Operands, valid: Array | None = None, reciprocal: Reciprocal = exact_reciprocal
+    ) -> Result:
+        """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
+
+        Args:
+          tile: operands of one tile, each broadcastable to the logits' tile, `scalars` as loaded from the call's.
+          valid: False for what lies beyond the array's edge.
+          reciprocal: how the chip divides.
+        """
+        dtype = compute_dtype(tile.logits.dtype)
+        x = tile.logits.astype(dtype)
+        formula = self.formula if tile.scalars is None else self.formula.bind(tuple(tile.scalars))
+        labels = tile.labels
+        if jnp.issubdtype(labels.dtype, jnp.integer) and jnp.iinfo(labels.dtype).bits < 32:
+            labels = labels.astype(jnp.int32)  # Mosaic compares no 8-bit integers on older chips
+
+        masks = [] if valid is None else [valid]
+        if tile.where is not None:
+            masks.append(tile.where.astype(jnp.int32) != 0 if tile.where.dtype != jnp.bool_ else tile.where)
+        if self.ignore_label is not None:
+            masks.append(labels != self.ignore_label)
+        keep = None
+        for mask in masks:
+            keep = mask if keep is None else jnp.logical_and(keep, mask)
+        if keep is not None:
+            # Before the formula as well as after it, or a masked NaN returns through the derivative of a select.
+            x = jnp.where(keep, x, jnp.zeros_like(x))
+
+        def side(positive: Array | bool) -> Result:
+            if not self.gradient:
+                return Result(formula.value(x, positive, reciprocal), None)
+            if self.value is None:
+                return Result(None, formula.gradient(x, positive, reciprocal))
+            return Result(*formula.value_and_gradient(x, positive, reciprocal))
+
+        if jnp.issubdtype(labels.dtype, jnp.floating) or self.label_smoothing:
+            value, gradient = self._soft(side, labels, tile.pos_weight)
+        else:
+            value, gradient = self._hard(side, labels, tile.pos_weight)
+
+        if tile.weights is not None:
+            weights = tile.weights.astype(dtype)
+            value = None if value is None else value * weights
+            gradient = None if gradient is None else gradient * weights
+        if gradient is not None and tile.cotangent is not None:
+            gradient = gradient * tile.cotangent.astype(dtype)
+        if keep is not None:
+            value = None if value is None else jnp.where(keep, value, jnp.zeros_like(value))
+            gradient = None if gradient is None else jnp.where(keep, gradient, jnp.zeros_like(gradient))
+        return Result(value, gradient)
+
+    def _hard(self, side: Side, labels: Array, pos_weight: Array | None) -> Result:
+        positive = labels if labels.dtype == jnp.bool_ else labels > 0
+        result = side(positive)
+        if pos_weight is None:
+            return result
+        return jax.tree.map(lambda part: part * jnp.where(positive, pos_weight.astype(part.dtype), 1.0), result)
+
+    def _soft(self, side: Side, labels: Array, pos_weight: Array | None) -> Result:
+        of_positive, of_negative = side(True), side(False)
+        y = labels
+        if not jnp.issubdtype(labels.dtype, jnp.floating):
+            y = labels if labels.dtype == jnp.bool_ else labels > 0
+
+        def mix(yes: Array, no: Array) -> Array:
+            y_plus = y.astype(yes.dtype)
+            if self.label_smoothing:
+                y_plus = y_plus * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
+            y_minus = 1.0 - y_plus
+            # A side without a share is left out even where it is infinite.
+            yes = jnp.where(jnp.logical_and(y_plus == 0.0, yes == jnp.inf), 0.0, yes)
+            no = jnp.where(jnp.logical_and(y_minus == 0.0, no == jnp.inf), 0.0, no)
+            return (y_plus if pos_weight is None else y_plus * pos_weight.astype(yes.dtype)) * yes + y_minus * no
+
+        return jax.tree.map(mix, of_positive, of_negative)
+
+
+def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or float64 for float64 logits."""
+    return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)

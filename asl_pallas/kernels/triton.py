@@ -1,0 +1,111 @@
+"""Pallas for any CUDA GPU, through Triton.
+
+A program owns a block of rows and a span of classes, which it walks chunk by chunk; lanes keep their own partial sums and
+add them up once at the end. Rows too few to fill the chip have their classes split into several spans, whose sums XLA adds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
+
+DTYPES = (
+    "float32", "bfloat16", "float16", "bool",
+    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+)  # fmt: skip
+
+
+def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
+    rows, classes = operands.logits.shape
+    tiling = triton_tiling(rows, classes)
+    spans = pl.cdiv(classes, tiling.span)
+    dtype = compute_dtype(operands.logits.dtype)
+
+    names = tuple(name for name in Operands._fields if getattr(operands, name) is not None)
+    outputs = {}
+    if task.value == "rows":
+        outputs["value"] = jax.ShapeDtypeStruct((rows, spans), dtype)
+    elif task.value == "elements":
+        outputs["value"] = jax.ShapeDtypeStruct((rows, classes), dtype)
+    if task.gradient:
+        outputs["gradient"] = jax.ShapeDtypeStruct((rows, classes), operands.logits.dtype)
+
+    results = pl.pallas_call(
+        functools.partial(_kernel, task, names, tuple(outputs), tiling, (rows, classes)),
+        grid=(pl.cdiv(rows, tiling.rows), spans),
+        out_shape=list(outputs.values()),
+        compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        interpret=interpret,
+        name="asl_pallas_" + "_and_".join(outputs),
+    )(*(getattr(operands, name) for name in names))
+    found = dict(zip(outputs, results, strict=True))
+    if task.value == "rows":
+        found["value"] = jnp.sum(found["value"], axis=1)
+    return Result(found.get("value"), found.get("gradient"))
+
+
+def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
+    inputs = dict(zip(names, refs, strict=False))
+    out = dict(zip(outputs, refs[len(names) :], strict=True))
+    rows, classes = shape
+    i, j = pl.program_id(0), pl.program_id(1)
+    at_rows = pl.ds(i * tiling.rows, tiling.rows)
+    row_exists = None
+    if rows % tiling.rows:
+        row_exists = lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows < rows
+
+    scalars = inputs.pop("scalars", None)
+    bound = None if scalars is None else tuple(scalars[k] for k in range(scalars.shape[0]))
+
+    def chunk(c, partial, edge: bool):
+        at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
+        class_exists = None
+        if edge:
+            class_exists = lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1) + c * tiling.chunk < classes
+
+        def place(ref):
+            """Index and mask of the tile in an operand that may be constant along either dimension."""
+            by_row, by_class = ref.shape[0] > 1 or rows == 1, ref.shape[1] > 1 or classes == 1
+            index = (at_rows if by_row else pl.ds(0, 1), at_classes if by_class else pl.ds(0, 1))
+            tile = (tiling.rows if by_row else 1, tiling.chunk if by_class else 1)
+            masks = [m for m, needed in ((row_exists, by_row), (class_exists, by_class)) if needed and m is not None]
+            mask = functools.reduce(jnp.logical_and, masks) if masks else None
+            return index, None if mask is None else jnp.broadcast_to(mask, tile)
+
+        def load(ref):
+            index, mask = place(ref)
+            other = None if mask is None else jnp.zeros((), ref.dtype)
+            return plgpu.load(ref.at[index], mask=mask, other=other)
+
+        def store(ref, tile):
+            index, mask = place(ref)
+            plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
+
+        tile = Operands(**{name: load(ref) for name, ref in inputs.items()}, scalars=bound)
+        result = task.evaluate(tile, class_exists)
+        if task.gradient:
+            store(out["gradient"], result.gradient)
+        if task.value == "elements":
+            store(out["value"], result.value)
+        return partial + result.value if task.value == "rows" else partial
+
+    chunks = tiling.span // tiling.chunk
+    whole = classes // tiling.chunk  # chunks without an edge in the whole row
+    last = jnp.minimum((j + 1) * chunks, whole)
+    start = jnp.zeros((tiling.rows, tiling.chunk) if task.value == "rows" else (), jnp.float32)
+    partial = lax.fori_loop(j * chunks, last, lambda c, p: chunk(c, p, edge=False), start)
+    if classes % tiling.chunk:
+        partial = lax.cond(
+            j == pl.num_programs(1) - 1, lambda p: chunk(last, p, edge=True), lambda p: p, partial
+        )
+    if task.value == "rows":
+        index = (at_rows, pl.ds(j, 1))
+        plgpu.store(out["value"].at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)

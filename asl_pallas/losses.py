@@ -1,0 +1,230 @@
+"""asymmetric_loss: the public function, its axis and its derivative rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import CustomVJPPrimal
+from jax.typing import ArrayLike
+
+from asl_pallas import arguments, kernels
+from asl_pallas.formula import AsymmetricLoss
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+
+
+def asymmetric_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma_neg: ArrayLike = 4.0,
+    gamma_pos: ArrayLike = 1.0,
+    clip: ArrayLike = 0.05,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    label_smoothing: float = 0.0,
+    stop_focus_gradient: bool = False,
+    implementation: str | None = None,
+) -> Array:
+    x = arguments.check_logits(logits)
+    mask = arguments.check_where(where, x)
+    ignore = arguments.check_ignore_label(ignore_label)
+    known, traced = {}, []
+    for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
+        known[name], scalar = arguments.check_hyperparameter(name, number)
+        if scalar is not None:
+            traced.append(scalar)
+    formula = AsymmetricLoss(
+        **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
+    )
+    call = _Call(
+        formula=formula,
+        axes=arguments.check_axis(axis, x.ndim),
+        ignore_label=ignore,
+        label_smoothing=arguments.check_label_smoothing(label_smoothing),
+        implementation=arguments.check_implementation(implementation),
+        interpret=kernels.interpreting(),
+    )
+    arrays = _Arrays(
+        logits=x,
+        labels=arguments.check_labels(labels, x, mask, ignore),
+        where=mask,
+        weights=arguments.check_weights(weights, x),
+        pos_weight=arguments.check_pos_weight(pos_weight, x),
+        scalars=tuple(traced),
+    )
+    return _asymmetric_loss(call, arrays)
+
+
+class _Arrays(NamedTuple):
+    """The arrays of a call as they came, any number of leading dimensions."""
+
+    logits: Array
+    labels: Array
+    where: Array | None
+    weights: Array | None
+    pos_weight: Array | None
+    scalars: tuple[Array, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """All that is known of a call before it is traced."""
+
+    formula: AsymmetricLoss
+    axes: tuple[int, ...]
+    ignore_label: int | None
+    label_smoothing: float
+    implementation: str | None
+    interpret: bool
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
+    """Two dimensions for the kernels; around them, what needs no kernel."""
+    *leading, classes = arrays.logits.shape
+    ndim = len(leading) + 1
+    dtype = compute_dtype(arrays.logits.dtype)
+
+    weights, row_weights = None, None
+    if arrays.weights is not None:
+        weights = _matrix(arrays.weights.astype(dtype), leading)
+        if weights.shape[1] == 1:
+            # A row's weight leaves the sum over its classes: cheaper, and a rounding less in bfloat16 gradients.
+            weights, row_weights = None, weights
+    where = None if arrays.where is None else _matrix(arrays.where, leading)
+    if where is not None and where.shape == (1, 1):
+        where = jnp.broadcast_to(where, (math.prod(leading), 1))
+    pos_weight = arrays.pos_weight
+    if pos_weight is not None:
+        pos_weight = jnp.broadcast_to(pos_weight, (1, classes)).astype(dtype)
+
+    sums_classes = ndim - 1 in call.axes
+    plan = _Plan(
+        task=Task(
+            formula=call.formula,
+            value="rows" if sums_classes else "elements",
+            gradient=False,
+            ignore_label=call.ignore_label,
+            label_smoothing=call.label_smoothing,
+        ),
+        implementation=call.implementation,
+        interpret=call.interpret,
+    )
+    operands = Operands(
+        logits=_matrix(arrays.logits, leading),
+        labels=_matrix(arrays.labels, leading),
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
+    )
+    if call.axes and not sums_classes:
+        # A sum over rows alone: XLA fuses it with the formula, a kernel would write every element's loss first.
+        if plan.implementation not in (None, "xla"):
+            raise NotImplementedError(
+                f"implementation={plan.implementation!r} sums over the classes or not at all, and axis leaves them in; "
+                "'xla' serves every axis"
+            )
+        plan = dataclasses.replace(plan, implementation=kernels.PLAIN)
+    elif plan.implementation is not None:
+        reason = kernels.refusal(plan.implementation, plan.task, operands)
+        if reason is not None:
+            raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
+
+    loss = _loss(plan, operands)
+    if row_weights is not None:
+        loss = loss * (row_weights[:, 0] if sums_classes else row_weights)
+    loss = loss.reshape(leading if sums_classes else arrays.logits.shape)
+    return jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
+
+
+def _matrix(array: Array, leading: list[int]) -> Array:
+    """An array that broadcasts to (*leading, classes), as (rows or 1, classes or 1)."""
+    array = array.reshape((1,) * (len(leading) + 1 - array.ndim) + array.shape)
+    if all(n == 1 for n in array.shape[:-1]):
+        return array.reshape(1, array.shape[-1])
+    return jnp.broadcast_to(array, (*leading, array.shape[-1])).reshape(math.prod(leading), array.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    task: Task
+    implementation: str | None
+    interpret: bool
+
+    def wants(self, *, value: bool, gradient: bool) -> _Plan:
+        task = dataclasses.replace(self.task, value=self.task.value if value else None, gradient=gradient)
+        return dataclasses.replace(self, task=task)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(plan: _Plan, operands: Operands) -> Result:
+    return kernels.run(plan.task, operands, plan.implementation, plan.interpret)
+
+
+@_run.defjvp
+def _run_jvp(plan: _Plan, primals, tangents):
+    """Second derivatives, and first ones that no kernel gives: autodiff of the formula in plain jnp."""
+    _, tangents_out = jax.jvp(functools.partial(kernels.xla.run, plan.task), primals, tangents)
+    return _run(plan, *primals), tangents_out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(plan: _Plan, operands: Operands) -> Array:
+    return _run(plan, operands).value
+
+
+def _loss_forward(plan: _Plan, operands: Operands):
+    """One pass gives loss and gradient, and the gradient, in the logits' dtype, is all that is kept.
+
+    float16 is the exception: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came.
+    """
+    perturbed = {
+        name
+        for name, operand in operands._asdict().items()
+        if operand is not None and operand.perturbed
+    }
+    operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    if "scalars" in perturbed:
+        raise TypeError(
+            f"asymmetric_loss has no derivative with respect to {' or '.join(plan.task.formula.traced())}; wrap the "
+            "hyper-parameter in jax.lax.stop_gradient"
+        )
+    one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
+    result = _run(plan.wants(value=True, gradient=one_pass), operands)
+    others = perturbed - {"logits"}
+    kept = operands if others or not one_pass else None
+    return result.value, (result.gradient, kept, dict.fromkeys(sorted(perturbed)))
+
+
+def _loss_backward(plan: _Plan, residuals, cotangent: Array):
+    gradient, operands, perturbed = residuals
+    found = dict.fromkeys(Operands._fields)
+    if "logits" in perturbed:
+        by_element = cotangent if plan.task.value == "elements" else cotangent[:, None]
+        if gradient is not None:
+            found["logits"] = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
+        else:
+            scaled = operands._replace(cotangent=by_element)
+            found["logits"] = _run(plan.wants(value=False, gradient=True), scaled).gradient
+    others = {name: getattr(operands, name) for name in perturbed if name != "logits"}
+    if others:
+
+        def value(others):
+            return kernels.xla.run(plan.task, operands._replace(**others)).value
+
+        _, pull_back = jax.vjp(value, others)
+        found.update(pull_back(cotangent)[0])
+    return (Operands(**found),)
+
+
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
