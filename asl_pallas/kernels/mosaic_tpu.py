@@ -1,161 +1,196 @@
 """Pallas for TPU.
 
 The grid walks blocks of rows by blocks of classes. Inside a block two loops walk groups of rows and chunks of classes, a
-few vector registers at a time, so that a chunk's intermediates stay in registers; partial sums of a row stay lane by lane
-in a scratch of (rows, 128) until the last block of classes, then leave as one lane-major vector a block.
+few vector registers at a time, so that a chunk's intermediates stay in registers. A row's partial sums stay on the chip,
+lane by lane, until its last block of classes; then they leave as one lane-major vector a block of rows.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.formula import exact_reciprocal
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
-from asl_pallas.kernels.tiling import LANES, TpuTiling, tpu_tiling
+from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TpuTiling, tpu_tiling
 
-
-DTYPES = ("float32", "bfloat16", "int8", "int32")
+DTYPES = (
+    "float32", "bfloat16", "bool",
+    "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+)  # fmt: skip
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     rows, classes = operands.logits.shape
     tiling = tpu_tiling(task, operands)
     grid = (pl.cdiv(rows, tiling.rows), pl.cdiv(classes, tiling.classes))
+    # A vector over rows lies along the lanes: as (rows, 1) it would fill 128 lanes a row in memory.
     padded_rows = grid[0] * tiling.rows
-
-    if operands.cotangent is not None and operands.cotangent.shape[1] == 1:
-        # (rows, 1) would be padded to 128 lanes in memory.
-        vector = jnp.pad(operands.cotangent.reshape(1, rows), ((0, 0), (0, padded_rows - rows)))
-        operands = operands._replace(cotangent=vector)
-
     block = pl.BlockSpec((tiling.rows, tiling.classes), lambda i, j: (i, j))
-    by_class = pl.BlockSpec((1, tiling.classes), lambda i, j: (0, j))
-    by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (0, i))
-    in_smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    by_class = pl.BlockSpec((1, tiling.classes), lambda i, j: (jnp.int32(0), j))
+    by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (jnp.int32(0), i))
 
-    def spec(name: str, operand: jax.Array) -> pl.BlockSpec:
+    inputs: dict[str, tuple[Array, pl.BlockSpec]] = {}
+    scratch: dict[str, Any] = {}
+    converted: list[bool] = []
+    for name, operand in operands._asdict().items():
+        if operand is None:
+            continue
+        fused = operand.shape == (rows, classes) and operand.dtype.name in TPU_CONVERTED
         if name == "scalars":
-            return in_smem
-        if operand.shape == (rows, classes):
-            return block
-        return by_row if name == "cotangent" else by_class
+            inputs[name] = operand, pl.BlockSpec(memory_space=pltpu.SMEM)
+        elif fused:
+            inputs[name] = operand.astype(TPU_CONVERTED[operand.dtype.name]), block
+            scratch[name] = pltpu.VMEM((tiling.rows, tiling.classes), inputs[name][0].dtype)
+        elif operand.shape == (rows, classes):
+            inputs[name] = operand, block
+        elif operand.shape[0] == 1:
+            inputs[name] = operand.astype(jnp.float32), by_class
+        else:
+            vector = operand.astype(jnp.float32).reshape(1, rows)
+            inputs[name] = jnp.pad(vector, ((0, 0), (0, padded_rows - rows))), by_row
+            scratch[name] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
+        converted.append(fused)
 
-    names = tuple(name for name in Operands._fields if getattr(operands, name) is not None)
-    inputs = tuple(getattr(operands, name) for name in names)
-    dtype = compute_dtype(operands.logits.dtype)
-    outputs = {}
+    outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
     if task.value == "rows":
-        outputs["value"] = (jax.ShapeDtypeStruct((1, padded_rows), dtype), by_row)
+        outputs["value"] = jax.ShapeDtypeStruct((1, padded_rows), jnp.float32), by_row
+        scratch["sums"] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
     elif task.value == "elements":
-        outputs["value"] = (jax.ShapeDtypeStruct((rows, classes), dtype), block)
+        outputs["value"] = jax.ShapeDtypeStruct((rows, classes), jnp.float32), block
     if task.gradient:
-        outputs["gradient"] = (jax.ShapeDtypeStruct((rows, classes), operands.logits.dtype), block)
+        outputs["gradient"] = jax.ShapeDtypeStruct((rows, classes), operands.logits.dtype), block
 
-    scratch = [pltpu.VMEM((tiling.rows, LANES), dtype)] * ((task.value == "rows") + ("cotangent" in names))
-    results = pl.pallas_call(
-        functools.partial(_kernel, task, names, tuple(outputs), tiling, (rows, classes), interpret),
+    kernel = functools.partial(
+        _kernel,
+        task,
+        tiling,
+        (rows, classes),
+        tuple(inputs),
+        tuple(outputs),
+        tuple(scratch),
+        # Interpret mode has the estimate in bfloat16, too coarse for one Newton step.
+        exact_reciprocal if interpret else _newton_reciprocal,
+    )
+    arrays = [array for array, _ in inputs.values()]
+    shapes = [shape for shape, _ in outputs.values()]
+    found = pl.pallas_call(
+        kernel,
         grid=grid,
-        in_specs=[spec(name, operand) for name, operand in zip(names, inputs, strict=True)],
-        out_specs=[out_spec for _, out_spec in outputs.values()],
-        out_shape=[shape for shape, _ in outputs.values()],
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        in_specs=[spec for _, spec in inputs.values()],
+        out_specs=[spec for _, spec in outputs.values()],
+        out_shape=shapes,
+        scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            allow_input_fusion=tuple(converted) if any(converted) else None,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=60 * rows * classes,
+            transcendentals=4 * rows * classes,
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arrays, *shapes)),
+        ),
         interpret=interpret,
         name="asl_pallas_" + "_and_".join(outputs),
-    )(*inputs)
-    found = dict(zip(outputs, results, strict=True))
+    )(*arrays)
+    result = dict(zip(outputs, found, strict=True))
     if task.value == "rows":
-        found["value"] = found["value"][0, :rows]
-    return Result(found.get("value"), found.get("gradient"))
+        result["value"] = result["value"][0, :rows]
+    return Result(result.get("value"), result.get("gradient"))
 
 
-def _newton_reciprocal(z: jax.Array) -> jax.Array:
-    """The chip's estimate and one Newton step, as in its own division but without the cases for 0, inf and denormals."""
+def _newton_reciprocal(z: Array) -> Array:
+    """The chip's estimate and one Newton step: its own division, less the cases for 0, inf and denormals."""
     estimate = pl.reciprocal(z, approx=True)
     return estimate * (2.0 - z * estimate)
 
 
-def _kernel(task: Task, names, outputs, tiling: TpuTiling, shape, interpret: bool, *refs):
-    # Interpret mode has the estimate in bfloat16, too coarse for one step.
-    reciprocal = exact_reciprocal if interpret else _newton_reciprocal
+def _quotient(n: Array, k: int) -> Array:
+    """n // k for n >= 0. The operator asks for a sign, whose lowering asks which chip this process has."""
+    return lax.div(n, jnp.int32(k))
+
+
+def _kernel(
+    task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, reciprocal, *refs
+):
+    """One block. The refs are the inputs, the outputs and the scratch, in the order of their names."""
     inputs = dict(zip(names, refs, strict=False))
-    out = dict(zip(outputs, refs[len(names) :], strict=False))
-    scratch = list(refs[len(names) + len(outputs) :])
-    sums = scratch.pop(0) if task.value == "rows" else None
-    by_row = scratch.pop(0) if scratch and inputs["cotangent"].shape[0] == 1 else None
-    i, j = pl.program_id(0), pl.program_id(1)
+    outputs = dict(zip(output_names, refs[len(names) :], strict=False))
+    scratch = dict(zip(scratch_names, refs[len(names) + len(outputs) :], strict=True))
     rows, classes = shape
     group, chunk = tiling.group, tiling.chunk
+    i, j = pl.program_id(0), pl.program_id(1)
+    scalars = None
+    if "scalars" in inputs:
+        smem = inputs.pop("scalars")
+        scalars = tuple(smem[k] for k in range(smem.shape[0]))
 
-    scalars = inputs.pop("scalars", None)
-    bound = None if scalars is None else tuple(scalars[k] for k in range(scalars.shape[0]))
+    for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:
+        # XLA's conversion runs where the block is read, which has to be at a fixed place.
+        converted = scratch.pop(name)
+        converted[...] = inputs[name][...]
+        inputs[name] = converted
 
-    if sums is not None or by_row is not None:
+    if scratch:
 
         @pl.when(j == 0)
         def _start():
-            if sums is not None:
-                sums[...] = jnp.zeros_like(sums)
-            if by_row is not None:
-                by_row[...] = jnp.broadcast_to(inputs["cotangent"][...], (LANES, tiling.rows)).T
+            for name, ref in scratch.items():
+                if name == "sums":
+                    ref[...] = jnp.zeros_like(ref)
+                else:  # lanes to rows: every lane of a row gets the row's number
+                    ref[...] = jnp.broadcast_to(inputs[name][...], (LANES, tiling.rows)).T
 
-    def load(name: str, ref, at_rows, at_classes):
-        if name == "cotangent" and by_row is not None:
-            return jnp.tile(by_row[at_rows, :], (1, chunk // LANES))
+    def load(name: str, at_rows, at_classes) -> Array:
+        if name in scratch:
+            return jnp.tile(scratch[name][at_rows, :], (1, chunk // LANES))
+        ref = inputs[name]
         return ref[at_rows if ref.shape[0] > 1 else slice(None), at_classes]
 
-    def walk(g, n_chunks, edge: bool):
-        at_rows = pl.ds(pl.multiple_of(g * group, group), group)
+    def evaluate(g, c, sums: Array | None, valid: Array | None) -> Array | None:
+        """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
+        at = pl.ds(pl.multiple_of(g * group, group), group), pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
+        tile = Operands(**{name: load(name, *at) for name in inputs}, scalars=scalars)
+        value, gradient = task.evaluate(tile, valid, reciprocal)
+        if "gradient" in outputs:
+            outputs["gradient"][at] = gradient.astype(outputs["gradient"].dtype)
+        if task.value == "elements":
+            outputs["value"][at] = value
+        if sums is None:
+            return None
+        return sum((value[:, k : k + LANES] for k in range(0, chunk, LANES)), start=sums)
 
-        def step(c, partial):
-            at_classes = pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-            tile = Operands(**{n: load(n, ref, at_rows, at_classes) for n, ref in inputs.items()}, scalars=bound)
-            valid = None
-            if edge:
-                column = lax.broadcasted_iota(jnp.int32, (group, chunk), 1)
-                valid = column < classes % chunk
-            result = task.evaluate(tile, valid, reciprocal)
-            if task.gradient:
-                out["gradient"][at_rows, at_classes] = result.gradient.astype(out["gradient"].dtype)
-            if task.value == "elements":
-                out["value"][at_rows, at_classes] = result.value
-            if task.value == "rows":
-                for k in range(chunk // LANES):
-                    partial = partial + result.value[:, k * LANES : (k + 1) * LANES]
-            return partial
+    def walk(chunks_of_group):
+        """Every group of the block that has rows."""
+        groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
 
-        zero = jnp.zeros((group, LANES), jnp.float32)
-        if edge:
-            partial = step(n_chunks, zero)
-        else:
-            partial = lax.fori_loop(0, n_chunks, step, zero)
-        if sums is not None:
-            sums[at_rows, :] += partial
+        def one(g, _):
+            zero = jnp.zeros((group, LANES), jnp.float32) if "sums" in scratch else None
+            sums = chunks_of_group(g, zero)
+            if sums is not None:
+                scratch["sums"][pl.ds(pl.multiple_of(g * group, group), group), :] += sums
 
-    # lax.div, since // asks for the sign, whose lowering asks which chip this process has.
-    n_groups = lax.div(jnp.minimum(tiling.rows, rows - i * tiling.rows) + group - 1, group)
-    n_chunks = lax.div(jnp.minimum(tiling.classes, classes - j * tiling.classes), chunk)
+        lax.fori_loop(jnp.int32(0), groups, one, None)
 
-    @pl.loop(0, n_groups)
-    def _groups(g):
-        walk(g, n_chunks, edge=False)
+    whole = _quotient(jnp.minimum(tiling.classes, classes - j * tiling.classes), chunk)
+    walk(lambda g, zero: lax.fori_loop(jnp.int32(0), whole, lambda c, sums: evaluate(g, c, sums, None), zero))
 
+    at_the_end = j == pl.num_programs(1) - 1
     if classes % chunk:
 
-        @pl.when(j == pl.num_programs(1) - 1)
+        @pl.when(at_the_end)
         def _edge():
-            @pl.loop(0, n_groups)
-            def _groups(g):
-                walk(g, n_chunks, edge=True)
+            valid = lax.broadcasted_iota(jnp.int32, (group, chunk), 1) < classes % chunk
+            walk(lambda g, zero: evaluate(g, whole, zero, valid))
 
-    if sums is not None:
+    if "sums" in scratch:
 
-        @pl.when(j == pl.num_programs(1) - 1)
+        @pl.when(at_the_end)
         def _finish():
-            out["value"][...] = jnp.sum(sums[...].T, axis=0, keepdims=True)
+            outputs["value"][...] = jnp.sum(scratch["sums"][...].T, axis=0, keepdims=True)

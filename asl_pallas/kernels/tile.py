@@ -7,6 +7,7 @@ itself.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -23,8 +24,9 @@ Side = Callable[[Array | bool], "Result"]
 class Operands(NamedTuple):
     """The arrays of a call, in two dimensions; None where the call has none.
 
-    logits, labels: (rows, classes). where, weights: (rows or 1, classes). pos_weight: (1, classes).
-    cotangent: (rows, 1), or (rows, classes) for losses per element; multiplies the gradient before it is rounded.
+    logits, labels: (rows, classes). where: (rows, classes), (1, classes) or (rows, 1). weights: (rows or 1, classes).
+    pos_weight: (1, classes). cotangent: (rows, 1), or (rows, classes) for losses per element; it multiplies the gradient
+    before that is rounded to the logits' dtype.
     scalars: (n,), the traced hyper-parameters in the formula's order.
     """
 
@@ -67,18 +69,14 @@ class Task:
         dtype = compute_dtype(tile.logits.dtype)
         x = tile.logits.astype(dtype)
         formula = self.formula if tile.scalars is None else self.formula.bind(tuple(tile.scalars))
-        labels = tile.labels
-        if jnp.issubdtype(labels.dtype, jnp.integer) and jnp.iinfo(labels.dtype).bits < 32:
-            labels = labels.astype(jnp.int32)  # Mosaic compares no 8-bit integers on older chips
-
+        labels = _comparable(tile.labels)
         masks = [] if valid is None else [valid]
         if tile.where is not None:
-            masks.append(tile.where.astype(jnp.int32) != 0 if tile.where.dtype != jnp.bool_ else tile.where)
+            where = _comparable(tile.where)
+            masks.append(where if where.dtype == jnp.bool_ else where != 0)
         if self.ignore_label is not None:
             masks.append(labels != self.ignore_label)
-        keep = None
-        for mask in masks:
-            keep = mask if keep is None else jnp.logical_and(keep, mask)
+        keep = functools.reduce(jnp.logical_and, masks) if masks else None
         if keep is not None:
             # Before the formula as well as after it, or a masked NaN returns through the derivative of a select.
             x = jnp.where(keep, x, jnp.zeros_like(x))
@@ -135,3 +133,9 @@ class Task:
 def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 for float64 logits."""
     return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)
+
+
+def _comparable(x: Array) -> Array:
+    """Integers of less than 32 bits widened: Mosaic compares no others on every chip."""
+    narrow = jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 32
+    return x.astype(jnp.int32) if narrow else x

@@ -1,0 +1,178 @@
+"""Compile for chips that this machine does not have, and read what the compilers say.
+
+TPU targets need libtpu (`pip install "jax[tpu]"`), CUDA targets jax-cuda13-plugin, jax-cuda13-pjrt and a ptxas; neither
+needs the chip. The environment that libtpu wants has to be set before JAX starts: import this module first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+# libtpu would ask the cloud's metadata server who it is, and holds a lock against a second process.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+from jax.experimental import topologies
+
+TPU = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+CUDA = ("h100",)
+TARGETS = (*TPU, *CUDA)
+
+# What XLA has to know of a card that it can't ask.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  l2_cache_size: 52428800 device_memory_size: 84942979072 memory_bandwidth: 3352320000000
+}
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+class MissingCompiler(RuntimeError):
+    """This machine can't compile for the target; the message says what to install."""
+
+
+@functools.cache
+def device(target: str) -> Any:
+    """A description of one chip, good for compiling and nothing else."""
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r}; expected one of {', '.join(TARGETS)}")
+    try:
+        if target in TPU:
+            if importlib.util.find_spec("libtpu") is None:
+                raise MissingCompiler('no libtpu: pip install "jax[tpu]"')
+            found = topologies.get_topology_desc(topology_name=TPU[target], platform="tpu")
+        else:
+            if importlib.util.find_spec("jax_cuda13_plugin") is None:
+                raise MissingCompiler("no CUDA plugin: pip install jax-cuda13-plugin jax-cuda13-pjrt")
+            _find_cuda_tools()
+            found = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
+    except MissingCompiler:
+        raise
+    except Exception as error:  # whatever a plug-in raises, the reason is all that matters
+        raise MissingCompiler(f"the compiler for {target} doesn't start: {error}") from error
+    return found.devices[0]
+
+
+def compile_for(target: str, f: Callable[..., Any], *shapes: Any, dump: str | None = None) -> Any:
+    """jit(f) compiled for one chip. `shapes` are pytrees of jax.ShapeDtypeStruct; `dump` is a folder for PTX."""
+    chip = device(target)
+    sharding = jax.sharding.SingleDeviceSharding(chip)
+    platform = "tpu" if target in TPU else "cuda"
+    options = {}
+    if dump is not None:
+        options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
+    # Triton's lowering asks the abstract mesh which card it is for.
+    mesh = jax.sharding.Mesh([chip], ("x",)).abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(f, in_shardings=sharding, out_shardings=sharding).trace(*shapes)
+        return traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+
+
+def temporary_bytes(compiled: Any) -> int:
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A TPU kernel's final schedule: bundles, one a cycle, by the depth of the loop that they are in."""
+
+    name: str
+    by_depth: tuple[int, ...]
+    spills: int
+
+    @property
+    def innermost(self) -> int:
+        return self.by_depth[-1]
+
+
+def schedules(target: str, script: str, *arguments: str) -> list[Schedule]:
+    """The schedules of all kernels that `python -c script` compiles. libtpu reads its flags once, hence a process."""
+    device(target)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = dict(os.environ, JAX_PLATFORMS="cpu", LIBTPU_INIT_ARGS=flags)
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the script to be compiled failed: {done.stderr[-2000:]}")
+        found = []
+        for path in sorted(glob.glob(f"{folder}/*final_bundles.txt")):
+            name = re.sub(r"^\d+-", "", os.path.basename(path)).rsplit("-", 2)[0]
+            if "schedule-analysis" in path or name.startswith(("TLP", "<late")):
+                continue
+            with open(path) as file:
+                found.append(_schedule(name, file.read()))
+    return found
+
+
+_BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2}:)?\s*:?\s*(>*)\s*\{")
+
+
+def _schedule(name: str, text: str) -> Schedule:
+    depths = [len(m.group(1)) for m in map(_BUNDLE.match, text.splitlines()) if m]
+    innermost = [line for line in text.splitlines() if (m := _BUNDLE.match(line)) and len(m.group(1)) == max(depths)]
+    by_depth = tuple(depths.count(d) for d in range(max(depths, default=0) + 1))
+    return Schedule(name, by_depth, sum("spill" in line for line in innermost))
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What ptxas says of a CUDA kernel, and how wide its loads from global memory are, in bytes."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    loads: tuple[int, ...]
+
+
+def resources(target: str, f: Callable[..., Any], *shapes: Any) -> list[Resources]:
+    ptxas = os.path.join(_find_cuda_tools(), "bin", "ptxas")
+    with tempfile.TemporaryDirectory() as folder:
+        compile_for(target, f, *shapes, dump=folder)
+        found = []
+        for path in sorted(glob.glob(f"{folder}/*.ptx")):
+            with open(path) as file:
+                ptx = file.read()
+            for name in re.findall(r"\.entry (\w+)", ptx):
+                command = [ptxas, "-arch=sm_90a", "-v", path, "-o", os.devnull]
+                said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+                registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+                spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+                loads = tuple(
+                    int(count or 1) * int(bits) // 8
+                    for count, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+                )
+                found.append(Resources(name, registers, spilled, loads))
+    return found
+
+
+@functools.cache
+def _find_cuda_tools() -> str:
+    """A CUDA folder with bin/ptxas and nvvm/libdevice, from pip's nvidia-cuda-nvcc or the system."""
+    folders = [os.environ.get("CUDA_HOME", "")]
+    spec = importlib.util.find_spec("nvidia")
+    folders += [os.path.join(path, "cu13") for path in (spec.submodule_search_locations if spec else None) or ()]
+    folders += ["/usr/local/cuda", *sorted(glob.glob("/usr/local/cuda-*"), reverse=True)]
+    for folder in filter(None, folders):
+        if os.path.exists(os.path.join(folder, "bin", "ptxas")):
+            return folder
+    raise MissingCompiler("no ptxas: pip install nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88, or install CUDA 13")
