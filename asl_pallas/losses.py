@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from asl_pallas import arguments, kernels
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.refusals import reverse_mode_only
 
 
 def asymmetric_loss(
@@ -140,7 +141,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         if reason is not None:
             raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
 
-    loss = _loss(plan, operands)
+    loss = _loss(plan, operands._replace(logits=reverse_mode_only(operands.logits)))
     if row_weights is not None:
         loss = loss * (row_weights[:, 0] if sums_classes else row_weights)
     loss = loss.reshape(leading if sums_classes else arrays.logits.shape)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 
 from asl_pallas.kernels import mosaic_tpu, triton, xla
 from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.refusals import refuse
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for. mosaic_gpu has no kernel yet.
 PLATFORMS = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
@@ -62,14 +62,22 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
         return _choose(task, operands)
     if implementation == "xla":
         return lax.platform_dependent(
-            operands, cpu=lambda o: xla.run_streamed(task, o), default=lambda o: xla.run(task, o)
+            operands, cpu=functools.partial(xla.run_streamed, task), default=functools.partial(xla.run, task)
         )
     if interpret:
         return _KERNELS[implementation](task, operands, interpret=True)
     platform = PLATFORMS[implementation]
-    assert platform is not None
-    kernels = {platform: lambda o: _KERNELS[implementation](task, o)}
-    return lax.platform_dependent(operands, **kernels, default=lambda o: _refuse(task, o, implementation))
+    sentence = (
+        f"implementation={implementation!r} needs the platform {platform!r}, and this is lowered for another; "
+        "implementation=None picks what the platform has"
+    )
+    like = jax.eval_shape(functools.partial(xla.run, task), operands)
+    # Which platform this is lowered for is known only then.
+    return lax.platform_dependent(
+        operands,
+        **{platform: functools.partial(_KERNELS[implementation], task)},
+        default=lambda o: refuse(NotImplementedError, sentence, o, like),
+    )
 
 
 _KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.run, "triton": triton.run}
@@ -77,36 +85,13 @@ _KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.run, "triton": triton.run}
 
 def _choose(task: Task, operands: Operands) -> Result:
     kernels = {
-        PLATFORMS[name]: lambda o, name=name: _KERNELS[name](task, o)
-        for name in _KERNELS
+        PLATFORMS[name]: functools.partial(kernel, task)
+        for name, kernel in _KERNELS.items()
         if refusal(name, task, operands) is None
     }
     return lax.platform_dependent(
-        operands, **kernels, cpu=lambda o: xla.run_streamed(task, o), default=lambda o: xla.run(task, o)
+        operands,
+        **kernels,
+        cpu=functools.partial(xla.run_streamed, task),
+        default=functools.partial(xla.run, task),
     )
-
-
-# A kernel asked for by name, lowered for a platform that isn't its own, has to say so when it is lowered: before that
-# nobody knows the platform. The primitive stands in for the kernel there and raises from its lowering rule.
-_refuse_p = Primitive("asl_pallas_refuse")
-_refuse_p.multiple_results = True
-_refuse_p.def_abstract_eval(lambda *operands, shapes, implementation: shapes)
-
-
-def _refuse(task: Task, operands: Operands, implementation: str) -> Result:
-    like = jax.eval_shape(lambda o: xla.run(task, o), operands)
-    leaves, tree = jax.tree.flatten(like)
-    shapes = tuple(jax.core.ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves)
-    found = _refuse_p.bind(*jax.tree.leaves(operands), shapes=shapes, implementation=implementation)
-    return jax.tree.unflatten(tree, found)
-
-
-def _lower_refusal(ctx, *operands, shapes, implementation):
-    platforms = ctx.platforms or ctx.module_context.platforms
-    raise NotImplementedError(
-        f"implementation={implementation!r} needs the platform {PLATFORMS[implementation]!r}, and this is lowered for "
-        f"{', '.join(map(repr, platforms))}; implementation=None picks what the platform has"
-    )
-
-
-mlir.register_lowering(_refuse_p, _lower_refusal)

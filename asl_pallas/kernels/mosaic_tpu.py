@@ -44,7 +44,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             continue
         fused = operand.shape == (rows, classes) and operand.dtype.name in TPU_CONVERTED
         if name == "scalars":
-            inputs[name] = operand, pl.BlockSpec(memory_space=pltpu.SMEM)
+            # Two dimensions, so that vmap's third leaves a block of whole last dimensions.
+            inputs[name] = operand[None], pl.BlockSpec(memory_space=pltpu.SMEM)
         elif fused:
             inputs[name] = operand.astype(TPU_CONVERTED[operand.dtype.name]), block
             scratch[name] = pltpu.VMEM((tiling.rows, tiling.classes), inputs[name][0].dtype)
@@ -129,7 +130,7 @@ def _kernel(
     scalars = None
     if "scalars" in inputs:
         smem = inputs.pop("scalars")
-        scalars = tuple(smem[k] for k in range(smem.shape[0]))
+        scalars = tuple(smem[0, k] for k in range(smem.shape[1]))
 
     for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:
         # XLA's conversion runs where the block is read, which has to be at a fixed place.
