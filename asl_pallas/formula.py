@@ -1,8 +1,8 @@
 """The asymmetric loss of one element: its value, its derivative, and both at once.
 
 This file holds all of the mathematics and nothing else. It is plain ``jnp``, so the same lines run inside a TPU kernel,
-inside a GPU kernel and under XLA. A formula is any object with the three methods of `Formula`; another loss of the family
-is another small class here and no line in a kernel.
+inside a GPU kernel and under XLA. A formula is any object with the methods of `Formula`; another loss of the family is
+another small class here and no line in a kernel.
 """
 
 from __future__ import annotations
@@ -79,14 +79,10 @@ class AsymmetricLoss:
     clip: Scalar = 0.05
     stop_focus_gradient: bool = False
 
-    def value(
-        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal
-    ) -> Array:
+    def value(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal) -> Array:
         return self._evaluate(logit, positive, reciprocal, gradient=False)[0]
 
-    def gradient(
-        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal
-    ) -> Array:
+    def gradient(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal) -> Array:
         return self._evaluate(logit, positive, reciprocal, gradient=True)[1]
 
     def value_and_gradient(
@@ -143,7 +139,7 @@ class AsymmetricLoss:
     def _has_margin(self) -> bool:
         return not (_is_static(self.clip) and self.clip == 0)
 
-    def _log(self, z: Array, z_minus_one) -> Array:
+    def _log(self, z: Array, z_minus_one: Callable[[], Array]) -> Array:
         """log(z), relatively accurate near z = 1 too where no focusing factor makes such elements negligible."""
         log = jnp.log(z)
         if all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos)):
@@ -161,13 +157,17 @@ class AsymmetricLoss:
             inside = m > 0.0
             power = jnp.where(inside, jnp.exp((gamma - 1.0) * jnp.log(jnp.where(inside, m, 1.0))), 0.0)
             return gamma * power, power * m
-        power = [_power(m, gamma - 1) if gamma else 0.0 for gamma in sides]
-        slope = _select(positive, *(g * p for g, p in zip(sides, power, strict=True)), m.dtype)
-        if all(gamma >= 1 for gamma in sides):
-            return slope, _select(positive, *power, m.dtype) * m
-        step = (m > 0.0).astype(m.dtype) if self._has_margin else 1.0  # m^0 on the active side of the margin
-        focus = (power * m if gamma else step for gamma, power in zip(sides, power, strict=True))
-        return slope, _select(positive, *focus, m.dtype)
+        of_positive, of_negative = sides
+        step: Any = (m > 0.0).astype(m.dtype) if self._has_margin else 1.0  # m^0 on the active side of the margin
+
+        def lower(gamma: float) -> Any:  # m^(gamma - 1), unneeded where gamma is 0
+            return _power(m, gamma - 1) if gamma else 0.0
+
+        slope = _select(positive, of_positive * lower(of_positive), of_negative * lower(of_negative), m.dtype)
+        if of_positive and of_negative:
+            return slope, _select(positive, lower(of_positive), lower(of_negative), m.dtype) * m
+        focus = [lower(gamma) * m if gamma else step for gamma in sides]
+        return slope, _select(positive, focus[0], focus[1], m.dtype)
 
 
 def _sigmoid(u: Array, reciprocal: Reciprocal) -> tuple[Array, Array, Array, Array, Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,53 @@ def asymmetric_loss(
     stop_focus_gradient: bool = False,
     implementation: str | None = None,
 ) -> Array:
+    r"""Asymmetric loss (ASL) of multilabel logits, summed over the classes by default.
+
+    With p = sigmoid(logits), p_m = max(p - clip, 0) and y = labels, an element's loss is
+
+        y * pos_weight * (1 - p)^gamma_pos * -log(p)  +  (1 - y) * p_m^gamma_neg * -log(1 - p_m)
+
+    times its weight. (0, 0, 0) for gamma_neg, gamma_pos and clip is sigmoid binary cross-entropy, (g, g, 0) is focal
+    loss. Loss and gradient come from one pass over the logits when the call is differentiated, by a Pallas kernel on TPU
+    and GPU and by jnp streamed over blocks on the CPU; no intermediate of the logits' size is made.
+
+    Args:
+      logits: (..., classes), float32, bfloat16, float16 or float64. Arithmetic is in float32, in float64 for float64.
+        Infinite logits give the limit, NaN gives NaN.
+      labels: the logits' shape; bool, integers 0 and 1, or floats in [0, 1] (soft labels: each side keeps its own focus).
+        Concrete labels outside of that raise. Traced ones can't be looked at: integers above 0 count as positive, and
+        floats enter the formula as they are.
+      gamma_neg: focusing exponent of the negatives, >= 0.
+      gamma_pos: focusing exponent of the positives, >= 0.
+      clip: probability margin in [0, 1): negatives with p <= clip have neither loss nor gradient.
+        These three are Python numbers, for which code is specialised, or traced scalars, so that one compilation serves
+        a schedule. A traced one can't be checked. None has a derivative.
+      axis: what is summed, as in jnp.sum. -1: one loss an example; (): one an element; None: the total. The official
+        PyTorch code's loss is axis=None; a mean over examples is `asymmetric_loss(...).mean()`.
+      where: bool, broadcastable to the logits. False leaves an element out, even where its logit or label is NaN.
+      weights: broadcastable to the logits; multiplies an element's loss. (classes,) weighs classes, (batch, 1) examples.
+        Weights that vary along some leading dimensions and not along others are broadcast in memory first.
+      pos_weight: scalar or (classes,); multiplies the positive term, as in torch's BCEWithLogitsLoss.
+      ignore_label: an integer that marks an element as not annotated, -1 say; needs integer or bool labels.
+      label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2.
+      stop_focus_gradient: the focusing factors (1 - p)^gamma_pos and p_m^gamma_neg count as constants in the gradient,
+        the official code's disable_torch_grad_focal_loss.
+      implementation: None picks by the platform that the computation is lowered for, and falls back to "xla". By name:
+        "xla" (any platform), "mosaic_tpu" (TPU), "triton" (CUDA GPUs). "mosaic_gpu" has no kernel yet.
+
+    Returns:
+      The loss, >= 0 (for weights >= 0), float32, or float64 for float64 logits. The gradient has the logits' dtype.
+      Reverse mode differentiates with respect to logits, float labels, weights and pos_weight, twice as well.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative with
+        respect to a gamma or clip; a forward-mode derivative.
+      NotImplementedError: the implementation asked for by name can't serve the call or the platform.
+
+    Reference:
+      Ridnik, Ben-Baruch, Zamir, Noy, Friedman, Protter, Zelnik-Manor: Asymmetric Loss For Multi-Label Classification,
+      ICCV 2021, https://arxiv.org/abs/2009.14119, equations (4) to (7).
+    """
     x = arguments.check_logits(logits)
     mask = arguments.check_where(where, x)
     ignore = arguments.check_ignore_label(ignore_label)
@@ -189,11 +236,7 @@ def _loss_forward(plan: _Plan, operands: Operands):
 
     float16 is the exception: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came.
     """
-    perturbed = {
-        name
-        for name, operand in operands._asdict().items()
-        if operand is not None and operand.perturbed
-    }
+    perturbed = {name for name, operand in operands._asdict().items() if operand is not None and operand.perturbed}
     operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     if "scalars" in perturbed:
         raise TypeError(
@@ -209,7 +252,7 @@ def _loss_forward(plan: _Plan, operands: Operands):
 
 def _loss_backward(plan: _Plan, residuals, cotangent: Array):
     gradient, operands, perturbed = residuals
-    found = dict.fromkeys(Operands._fields)
+    found: dict[str, Any] = dict.fromkeys(Operands._fields)
     if "logits" in perturbed:
         by_element = cotangent if plan.task.value == "elements" else cotangent[:, None]
         if gradient is not None:

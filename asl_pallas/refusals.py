@@ -1,7 +1,7 @@
-"""Errors that can only be raised late: when it is known what a computation is lowered for, or how it is differentiated.
+"""Errors that can only be raised late: when it is known what is being lowered for, or how it is differentiated.
 
-Both are an operation that stands in for what can't be had. It has a shape, it can be traced, vmapped and transposed away;
-whoever runs it or lowers it gets the sentence that it carries.
+Both are an operation that stands in for what can't be had. It has a shape, it can be traced, vmapped and transposed
+away; whoever runs it or lowers it gets the sentence that it carries.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def reverse_mode_only(x: Array) -> Array:
 @reverse_mode_only.defjvp
 def _reverse_mode_only_jvp(primals, tangents):
     sentence = (
-        "asymmetric_loss has no forward-mode derivative (jax.jvp, jax.jacfwd): its kernels give the whole gradient in one "
-        "pass, not a directional derivative; use jax.grad, jax.vjp or jax.jacrev, or forward over reverse for curvature"
+        "asymmetric_loss has no forward-mode derivative (jax.jvp, jax.jacfwd), since its kernels give the whole "
+        "gradient in one pass; use jax.grad, jax.vjp or jax.jacrev, and jax.hessian for curvature"
     )
     return primals[0], refuse(TypeError, sentence, tangents, tangents[0])
 

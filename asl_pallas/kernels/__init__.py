@@ -17,7 +17,7 @@ from asl_pallas.kernels.tile import Operands, Result, Task
 from asl_pallas.refusals import refuse
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for. mosaic_gpu has no kernel yet.
-PLATFORMS = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
+PLATFORMS: dict[str, Any] = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
 # The jnp formula in one expression on every platform, for what the library itself decides to leave to XLA.
 PLAIN = "plain"
 

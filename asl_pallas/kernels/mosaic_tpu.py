@@ -1,8 +1,8 @@
 """Pallas for TPU.
 
-The grid walks blocks of rows by blocks of classes. Inside a block two loops walk groups of rows and chunks of classes, a
-few vector registers at a time, so that a chunk's intermediates stay in registers. A row's partial sums stay on the chip,
-lane by lane, until its last block of classes; then they leave as one lane-major vector a block of rows.
+The grid walks blocks of rows by blocks of classes. Inside a block two loops walk groups of rows and chunks of classes,
+a few vector registers at a time, so that a chunk's intermediates stay in registers. A row's partial sums stay on the
+chip, lane by lane, until its last block of classes; then they leave as one lane-major vector a block of rows.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         # Interpret mode has the estimate in bfloat16, too coarse for one Newton step.
         exact_reciprocal if interpret else _newton_reciprocal,
     )
-    arrays = [array for array, _ in inputs.values()]
-    shapes = [shape for shape, _ in outputs.values()]
+    arrays: list[Any] = [array for array, _ in inputs.values()]
+    shapes: list[Any] = [shape for shape, _ in outputs.values()]
     found = pl.pallas_call(
         kernel,
         grid=grid,
@@ -127,10 +127,9 @@ def _kernel(
     rows, classes = shape
     group, chunk = tiling.group, tiling.chunk
     i, j = pl.program_id(0), pl.program_id(1)
-    scalars = None
     if "scalars" in inputs:
-        smem = inputs.pop("scalars")
-        scalars = tuple(smem[0, k] for k in range(smem.shape[1]))
+        scalars = inputs.pop("scalars")
+        task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
 
     for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:
         # XLA's conversion runs where the block is read, which has to be at a fixed place.
@@ -157,7 +156,7 @@ def _kernel(
     def evaluate(g, c, sums: Array | None, valid: Array | None) -> Array | None:
         """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
         at = pl.ds(pl.multiple_of(g * group, group), group), pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-        tile = Operands(**{name: load(name, *at) for name in inputs}, scalars=scalars)
+        tile = Operands(**{name: load(name, *at) for name in inputs})
         value, gradient = task.evaluate(tile, valid, reciprocal)
         if "gradient" in outputs:
             outputs["gradient"][at] = gradient.astype(outputs["gradient"].dtype)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from asl_pallas.formula import Formula, Reciprocal, exact_reciprocal
-
 
 Side = Callable[[Array | bool], "Result"]
 
@@ -25,8 +24,8 @@ class Operands(NamedTuple):
     """The arrays of a call, in two dimensions; None where the call has none.
 
     logits, labels: (rows, classes). where: (rows, classes), (1, classes) or (rows, 1). weights: (rows or 1, classes).
-    pos_weight: (1, classes). cotangent: (rows, 1), or (rows, classes) for losses per element; it multiplies the gradient
-    before that is rounded to the logits' dtype.
+    pos_weight: (1, classes). cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is
+    multiplied by it before it is rounded to the logits' dtype.
     scalars: (n,), the traced hyper-parameters in the formula's order.
     """
 
@@ -40,10 +39,13 @@ class Operands(NamedTuple):
 
 
 class Result(NamedTuple):
-    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype."""
+    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype.
 
-    value: Array | None
-    gradient: Array | None
+    Arrays, or None where the task asks for none.
+    """
+
+    value: Any
+    gradient: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +58,20 @@ class Task:
     ignore_label: int | None = None
     label_smoothing: float = 0.0
 
-    def evaluate(
-        self, tile: Operands, valid: Array | None = None, reciprocal: Reciprocal = exact_reciprocal
-    ) -> Result:
+    def bind(self, scalars: Any) -> Task:
+        """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
+        return self if scalars is None else dataclasses.replace(self, formula=self.formula.bind(tuple(scalars)))
+
+    def evaluate(self, tile: Operands, valid: Array | None = None, reciprocal: Reciprocal = exact_reciprocal) -> Result:
         """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
 
         Args:
-          tile: operands of one tile, each broadcastable to the logits' tile, `scalars` as loaded from the call's.
+          tile: operands of one tile, each broadcastable to the logits' tile.
           valid: False for what lies beyond the array's edge.
           reciprocal: how the chip divides.
         """
         dtype = compute_dtype(tile.logits.dtype)
         x = tile.logits.astype(dtype)
-        formula = self.formula if tile.scalars is None else self.formula.bind(tuple(tile.scalars))
         labels = _comparable(tile.labels)
         masks = [] if valid is None else [valid]
         if tile.where is not None:
@@ -83,10 +86,10 @@ class Task:
 
         def side(positive: Array | bool) -> Result:
             if not self.gradient:
-                return Result(formula.value(x, positive, reciprocal), None)
+                return Result(self.formula.value(x, positive, reciprocal), None)
             if self.value is None:
-                return Result(None, formula.gradient(x, positive, reciprocal))
-            return Result(*formula.value_and_gradient(x, positive, reciprocal))
+                return Result(None, self.formula.gradient(x, positive, reciprocal))
+            return Result(*self.formula.value_and_gradient(x, positive, reciprocal))
 
         if jnp.issubdtype(labels.dtype, jnp.floating) or self.label_smoothing:
             value, gradient = self._soft(side, labels, tile.pos_weight)

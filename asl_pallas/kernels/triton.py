@@ -1,7 +1,8 @@
 """Pallas for any CUDA GPU, through Triton.
 
-A program owns a block of rows and a span of classes, which it walks chunk by chunk; lanes keep their own partial sums and
-add them up once at the end. Rows too few to fill the chip have their classes split into several spans, whose sums XLA adds.
+A program owns a block of rows and a span of classes, which it walks chunk by chunk; lanes keep their own partial sums
+and add them up once at the end. Rows too few to fill the chip have their classes split into several spans, whose sums
+XLA adds.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
     if rows % tiling.rows:
         row_exists = lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows < rows
 
-    scalars = inputs.pop("scalars", None)
-    bound = None if scalars is None else tuple(scalars[k] for k in range(scalars.shape[0]))
+    if "scalars" in inputs:
+        scalars = inputs.pop("scalars")
+        task = task.bind(scalars[k] for k in range(scalars.shape[0]))
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
@@ -89,7 +91,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
             index, mask = place(ref)
             plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
 
-        tile = Operands(**{name: load(ref) for name, ref in inputs.items()}, scalars=bound)
+        tile = Operands(**{name: load(ref) for name, ref in inputs.items()})
         result = task.evaluate(tile, class_exists)
         if task.gradient:
             store(out["gradient"], result.gradient)
@@ -103,9 +105,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
     start = jnp.zeros((tiling.rows, tiling.chunk) if task.value == "rows" else (), jnp.float32)
     partial = lax.fori_loop(j * chunks, last, lambda c, p: chunk(c, p, edge=False), start)
     if classes % tiling.chunk:
-        partial = lax.cond(
-            j == pl.num_programs(1) - 1, lambda p: chunk(last, p, edge=True), lambda p: p, partial
-        )
+        partial = lax.cond(j == pl.num_programs(1) - 1, lambda p: chunk(last, p, edge=True), lambda p: p, partial)
     if task.value == "rows":
         index = (at_rows, pl.ds(j, 1))
         plgpu.store(out["value"].at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,7 +14,7 @@ from asl_pallas.kernels.tiling import cpu_tiling
 
 def run(task: Task, operands: Operands) -> Result:
     """The whole problem at once."""
-    value, gradient = task.evaluate(operands)
+    value, gradient = task.bind(operands.scalars).evaluate(operands)
     if task.value == "rows":
         value = jnp.sum(value, axis=1)
     if task.gradient:
@@ -28,6 +30,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     """
     rows, classes = operands.logits.shape
     tiling = cpu_tiling(rows, classes)
+    bound = task.bind(operands.scalars)
     if (tiling.rows, tiling.classes) == (rows, classes):
         return run(task, operands)
 
@@ -43,7 +46,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         row = jnp.minimum(i * tiling.rows, rows - tiling.rows)
         column = jnp.minimum(j * tiling.classes, classes - tiling.classes)
         tile = {n: at(o, row, column) for n, o in operands._asdict().items() if o is not None and n != "scalars"}
-        value, gradient = task.evaluate(Operands(**tile, scalars=operands.scalars))
+        value, gradient = bound.evaluate(Operands(**tile))
         if task.gradient:
             gradient = gradient.astype(operands.logits.dtype)
             gradient = lax.dynamic_update_slice(result.gradient, gradient, (row, column))
@@ -58,7 +61,8 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         return Result(value, gradient)
 
     n_rows, n_columns = -(-rows // tiling.rows), -(-classes // tiling.classes)
-    start = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(lambda o: run(task, o), operands))
+    like = jax.eval_shape(functools.partial(run, task), operands)
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
     if n_columns == 1:
         return lax.fori_loop(0, n_rows, lambda i, r: block(i, jnp.zeros_like(i), r), start)
     return lax.fori_loop(
