@@ -15,8 +15,8 @@ from jax.typing import ArrayLike
 
 from asl_pallas import arguments, kernels
 from asl_pallas.formula import AsymmetricLoss
+from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
-from asl_pallas.refusals import reverse_mode_only
 
 
 def asymmetric_loss(
@@ -42,25 +42,26 @@ def asymmetric_loss(
         y * pos_weight * (1 - p)^gamma_pos * -log(p)  +  (1 - y) * p_m^gamma_neg * -log(1 - p_m)
 
     times its weight. (0, 0, 0) for gamma_neg, gamma_pos and clip is sigmoid binary cross-entropy, (g, g, 0) is focal
-    loss. Loss and gradient come from one pass over the logits when the call is differentiated, by a Pallas kernel on TPU
-    and GPU and by jnp streamed over blocks on the CPU; no intermediate of the logits' size is made.
+    loss. When the call is differentiated, loss and gradient come from one pass over the logits, by a Pallas kernel on
+    TPU and GPU and by jnp streamed over blocks on the CPU; no intermediate of the logits' size is made.
 
     Args:
       logits: (..., classes), float32, bfloat16, float16 or float64. Arithmetic is in float32, in float64 for float64.
         Infinite logits give the limit, NaN gives NaN.
-      labels: the logits' shape; bool, integers 0 and 1, or floats in [0, 1] (soft labels: each side keeps its own focus).
-        Concrete labels outside of that raise. Traced ones can't be looked at: integers above 0 count as positive, and
-        floats enter the formula as they are.
+      labels: the logits' shape; bool, integers 0 and 1, or floats in [0, 1] (soft labels: each side keeps its own
+        focus). Concrete labels outside of that raise. Traced ones can't be looked at: integers above 0 count as
+        positive, and floats enter the formula as they are.
       gamma_neg: focusing exponent of the negatives, >= 0.
       gamma_pos: focusing exponent of the positives, >= 0.
       clip: probability margin in [0, 1): negatives with p <= clip have neither loss nor gradient.
-        These three are Python numbers, for which code is specialised, or traced scalars, so that one compilation serves
-        a schedule. A traced one can't be checked. None has a derivative.
+        These three are Python numbers, for which code is specialised, or traced scalars, so that one compilation
+        serves a schedule. A traced one can't be checked. None has a derivative.
       axis: what is summed, as in jnp.sum. -1: one loss an example; (): one an element; None: the total. The official
-        PyTorch code's loss is axis=None; a mean over examples is `asymmetric_loss(...).mean()`.
-      where: bool, broadcastable to the logits. False leaves an element out, even where its logit or label is NaN.
-      weights: broadcastable to the logits; multiplies an element's loss. (classes,) weighs classes, (batch, 1) examples.
-        Weights that vary along some leading dimensions and not along others are broadcast in memory first.
+        PyTorch code's loss is axis=None; a mean over examples is `asymmetric_loss(...).mean()`. A sum that leaves the
+        classes in, axis=0 say, is left to XLA, which on a GPU writes the losses of all elements first.
+      where: bool, broadcastable to the logits. False leaves an element out, even where its logit is NaN.
+      weights: broadcastable to the logits; multiplies an element's loss. (classes,) weighs classes, (batch, 1)
+        examples. One that varies along some leading dimensions and not along others is broadcast in memory first.
       pos_weight: scalar or (classes,); multiplies the positive term, as in torch's BCEWithLogitsLoss.
       ignore_label: an integer that marks an element as not annotated, -1 say; needs integer or bool labels.
       label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2.
@@ -74,8 +75,8 @@ def asymmetric_loss(
       Reverse mode differentiates with respect to logits, float labels, weights and pos_weight, twice as well.
 
     Raises:
-      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative with
-        respect to a gamma or clip; a forward-mode derivative.
+      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
+        with respect to a gamma or clip; a forward-mode derivative.
       NotImplementedError: the implementation asked for by name can't serve the call or the platform.
 
     Reference:
@@ -137,20 +138,14 @@ class _Call:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
-    """Two dimensions for the kernels; around them, what needs no kernel."""
+    """Two dimensions for the kernels; around them, what needs none."""
     *leading, classes = arrays.logits.shape
     ndim = len(leading) + 1
     dtype = compute_dtype(arrays.logits.dtype)
 
-    weights, row_weights = None, None
-    if arrays.weights is not None:
-        weights = _matrix(arrays.weights.astype(dtype), leading)
-        if weights.shape[1] == 1:
-            # A row's weight leaves the sum over its classes: cheaper, and a rounding less in bfloat16 gradients.
-            weights, row_weights = None, weights
-    where = None if arrays.where is None else _matrix(arrays.where, leading)
-    if where is not None and where.shape == (1, 1):
-        where = jnp.broadcast_to(where, (math.prod(leading), 1))
+    def matrix(array: Array) -> Array:
+        return _matrix(array, leading, classes)
+
     pos_weight = arrays.pos_weight
     if pos_weight is not None:
         pos_weight = jnp.broadcast_to(pos_weight, (1, classes)).astype(dtype)
@@ -168,10 +163,10 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         interpret=call.interpret,
     )
     operands = Operands(
-        logits=_matrix(arrays.logits, leading),
-        labels=_matrix(arrays.labels, leading),
-        where=where,
-        weights=weights,
+        logits=matrix(arrays.logits),
+        labels=matrix(arrays.labels),
+        where=None if arrays.where is None else matrix(arrays.where),
+        weights=None if arrays.weights is None else matrix(arrays.weights.astype(dtype)),
         pos_weight=pos_weight,
         scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
     )
@@ -189,17 +184,15 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
             raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
 
     loss = _loss(plan, operands._replace(logits=reverse_mode_only(operands.logits)))
-    if row_weights is not None:
-        loss = loss * (row_weights[:, 0] if sums_classes else row_weights)
     loss = loss.reshape(leading if sums_classes else arrays.logits.shape)
     return jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
-def _matrix(array: Array, leading: list[int]) -> Array:
-    """An array that broadcasts to (*leading, classes), as (rows or 1, classes or 1)."""
+def _matrix(array: Array, leading: list[int], classes: int) -> Array:
+    """An array that broadcasts to (*leading, classes), as (rows, classes), (rows, 1) or (1, classes)."""
     array = array.reshape((1,) * (len(leading) + 1 - array.ndim) + array.shape)
     if all(n == 1 for n in array.shape[:-1]):
-        return array.reshape(1, array.shape[-1])
+        return jnp.broadcast_to(array.reshape(1, array.shape[-1]), (1, classes))
     return jnp.broadcast_to(array, (*leading, array.shape[-1])).reshape(math.prod(leading), array.shape[-1])
 
 

@@ -6,6 +6,7 @@ needs the chip. The environment that libtpu wants has to be set before JAX start
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -80,11 +81,14 @@ def compile_for(target: str, f: Callable[..., Any], *shapes: Any, dump: str | No
     options = {}
     if dump is not None:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
-    # Triton's lowering asks the abstract mesh which card it is for.
-    mesh = jax.sharding.Mesh([chip], ("x",)).abstract_mesh
-    with jax.sharding.use_abstract_mesh(mesh):
+    with lowering_for(target):
         traced = jax.jit(f, in_shardings=sharding, out_shardings=sharding).trace(*shapes)
         return traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
+
+
+def lowering_for(target: str) -> contextlib.AbstractContextManager[Any]:
+    """Where lowering has to know the chip: Pallas's Triton lowering asks the abstract mesh which card it is for."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device(target)], ("x",)).abstract_mesh)
 
 
 def temporary_bytes(compiled: Any) -> int:

@@ -8,13 +8,11 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from asl_pallas.kernels import mosaic_tpu, triton, xla
+from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Result, Task
-from asl_pallas.refusals import refuse
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for. mosaic_gpu has no kernel yet.
 PLATFORMS: dict[str, Any] = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
@@ -55,43 +53,33 @@ def refusal(implementation: str, task: Task, operands: Operands) -> str | None:
 
 
 def run(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
-    """Value and gradient by the kernel of that name, or by the best one for the platform that this is lowered for."""
+    """Value and gradient by the kernel of that name, or by the best for the platform that this is lowered for."""
+    plain = functools.partial(xla.run, task)
+    streamed = functools.partial(xla.run_streamed, task)
     if implementation == PLAIN or operands.logits.size == 0:
-        return xla.run(task, operands)
-    if implementation is None:
-        return _choose(task, operands)
+        return plain(operands)
     if implementation == "xla":
-        return lax.platform_dependent(
-            operands, cpu=functools.partial(xla.run_streamed, task), default=functools.partial(xla.run, task)
-        )
+        return by_platform(operands, plain, cpu=streamed, default=plain)
+    if implementation is None:
+        kernels = {
+            PLATFORMS[name]: functools.partial(kernel, task)
+            for name, kernel in _KERNELS.items()
+            if refusal(name, task, operands) is None
+        }
+        return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
+    kernel = functools.partial(_KERNELS[implementation], task)
     if interpret:
-        return _KERNELS[implementation](task, operands, interpret=True)
-    platform = PLATFORMS[implementation]
-    sentence = (
-        f"implementation={implementation!r} needs the platform {platform!r}, and this is lowered for another; "
-        "implementation=None picks what the platform has"
-    )
-    like = jax.eval_shape(functools.partial(xla.run, task), operands)
-    # Which platform this is lowered for is known only then.
-    return lax.platform_dependent(
-        operands,
-        **{platform: functools.partial(_KERNELS[implementation], task)},
-        default=lambda o: refuse(NotImplementedError, sentence, o, like),
+        return kernel(operands, interpret=True)
+    return by_platform(
+        operands, plain, **{PLATFORMS[implementation]: kernel}, default=functools.partial(_refuse, implementation)
     )
 
 
 _KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.run, "triton": triton.run}
 
 
-def _choose(task: Task, operands: Operands) -> Result:
-    kernels = {
-        PLATFORMS[name]: functools.partial(kernel, task)
-        for name, kernel in _KERNELS.items()
-        if refusal(name, task, operands) is None
-    }
-    return lax.platform_dependent(
-        operands,
-        **kernels,
-        cpu=functools.partial(xla.run_streamed, task),
-        default=functools.partial(xla.run, task),
+def _refuse(implementation: str, operands: Operands) -> Result:
+    raise NotImplementedError(
+        f"implementation={implementation!r} needs the platform {PLATFORMS[implementation]!r}, and this is lowered for "
+        "another; implementation=None picks what the platform has"
     )

@@ -16,7 +16,7 @@ LANES = 128
 
 # What the TPU's vector unit has no registers for, and what XLA makes of it while the block is on its way in: by itself
 # Pallas would write a copy of a bool array in 32 bits.
-TPU_CONVERTED = {"bool": "int8", "int64": "int32", "uint64": "uint32"}
+TPU_CONVERTED = {"bool": "int8"}
 
 # Two buffers a block operand, and room for the scratch, in the 16 MiB that a kernel gets without asking on v5e.
 _TPU_BLOCK_BYTES = 6 * 2**20

@@ -1,0 +1,43 @@
+# make demo: train on real data and see what the loss saves. make test: lint, types, tests. Each needs Python 3.11 or
+# newer, makes its own virtual environment and installs what it needs.
+PYTHON ?= python3
+DEMO_VENV ?= .venv-demo
+TEST_VENV ?= .venv-test
+
+.PHONY: demo test bench clean
+.DELETE_ON_ERROR:
+
+demo: $(DEMO_VENV)/ready
+	$(DEMO_VENV)/bin/python examples/train_phenotypes.py
+
+test: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/ruff format --check .
+	$(TEST_VENV)/bin/mypy
+	$(TEST_VENV)/bin/python -m pytest -q tests
+
+bench: $(TEST_VENV)/ready
+	$(TEST_VENV)/bin/python -m profiling
+
+$(DEMO_VENV)/ready: pyproject.toml
+	$(call make_venv,$(DEMO_VENV))
+	$(DEMO_VENV)/bin/pip install -q -e ".[demo]"
+	touch $@
+
+# The CUDA plugin has to have jax's own version; no card and no driver are needed to compile with it.
+$(TEST_VENV)/ready: pyproject.toml
+	$(call make_venv,$(TEST_VENV))
+	$(TEST_VENV)/bin/pip install -q -e ".[test]"
+	version=$$($(TEST_VENV)/bin/python -c "import jax; print(jax.__version__)"); \
+	$(TEST_VENV)/bin/pip install -q jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	touch $@
+
+define make_venv
+@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	{ echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); asl_pallas needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+@rm -rf $(1)
+@$(PYTHON) -m venv $(1) || { echo "On Debian: apt install python3-venv"; exit 1; }
+endef
+
+clean:
+	rm -rf .venv-* build dist *.egg-info examples/output

@@ -1,0 +1,224 @@
+"""Compiled for TPUs and an H100 on a machine without either: kernels are there, and nothing as large as the logits."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+
+from asl_pallas import asymmetric_loss
+from profiling import targets
+
+S = jax.ShapeDtypeStruct
+SHAPE = (4096, 8192)
+LOGITS_BYTES = 2 * SHAPE[0] * SHAPE[1]
+FEW = 4 * 2**20  # of temporaries
+
+
+@pytest.fixture(params=targets.TARGETS)
+def target(request: pytest.FixtureRequest) -> str:
+    """A chip that can be compiled for. Without its compiler: a skip with the reason, in CI a failure."""
+    return available(request.param)
+
+
+def available(target: str) -> str:
+    try:
+        targets.device(target)
+    except targets.MissingCompiler as reason:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI has to compile for {target}: {reason}")
+        pytest.skip(str(reason))
+    return target
+
+
+def operands(shape: tuple[int, ...] = SHAPE, logits: Any = jnp.bfloat16, labels: Any = jnp.int8) -> tuple[Any, Any]:
+    return S(shape, jnp.dtype(logits)), S(shape, jnp.dtype(labels))
+
+
+def total(**options: Any) -> Any:
+    return jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, **options).sum())
+
+
+def holds_kernel(target: str, compiled: Any) -> bool:
+    return ("tpu_custom_call" if target in targets.TPU else "__gpu$xla.gpu.triton") in compiled.as_text()
+
+
+def test_value_and_gradient_are_one_kernel_that_reads_logits_and_labels_once(target):
+    compiled = targets.compile_for(target, total(), *operands())
+    text = compiled.as_text()
+    assert holds_kernel(target, compiled)
+    assert targets.temporary_bytes(compiled) <= FEW
+    assert len(re.findall(r"= .*custom-call\(", text)) == 1
+    entry = text[text.index("ENTRY") :]
+    for parameter in ("parameter(0)", "parameter(1)"):
+        (name,) = re.findall(rf"%(\S+) = \S+ {re.escape(parameter)}", entry)
+        readers = [line for line in entry.splitlines() if re.search(rf"[(, ]%{re.escape(name)}[,)]", line)]
+        assert len(readers) == 1 and "custom-call" in readers[0]
+    # The gradient is the only result of the logits' size.
+    assert compiled.memory_analysis().output_size_in_bytes < 1.01 * LOGITS_BYTES
+
+
+def test_forward_alone_writes_no_gradient(target):
+    compiled = targets.compile_for(target, asymmetric_loss, *operands())
+    assert holds_kernel(target, compiled)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= FEW
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [
+        ("float32", "int8"),
+        ("bfloat16", "bool"),
+        ("bfloat16", "uint8"),
+        ("bfloat16", "int32"),
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+    ],
+)
+def test_every_dtype_that_a_kernel_serves_needs_no_copy(target, logits, labels):
+    compiled = targets.compile_for(target, total(), *operands(logits=logits, labels=labels))
+    assert holds_kernel(target, compiled)
+    assert targets.temporary_bytes(compiled) <= FEW
+
+
+def test_float16_runs_in_a_kernel_on_cuda_and_in_jnp_on_tpu(target):
+    compiled = targets.compile_for(target, total(), *operands(logits="float16"))
+    assert holds_kernel(target, compiled) == (target in targets.CUDA)
+    assert targets.temporary_bytes(compiled) <= FEW
+
+
+ARGUMENTS = {
+    "traced": ({}, {"gamma_neg": S((), jnp.float32), "gamma_pos": S((), jnp.float32), "clip": S((), jnp.float32)}),
+    "fractional gammas": ({"gamma_neg": 2.5, "gamma_pos": 0.5}, {}),
+    "cross-entropy": ({"gamma_neg": 0, "gamma_pos": 0, "clip": 0}, {}),
+    "focal": ({"gamma_neg": 2, "gamma_pos": 2, "clip": 0}, {}),
+    "where by element": ({}, {"where": S(SHAPE, jnp.bool_)}),
+    "where by class": ({}, {"where": S(SHAPE[1:], jnp.bool_)}),
+    "where by example": ({}, {"where": S((SHAPE[0], 1), jnp.bool_)}),
+    "weights by element": ({}, {"weights": S(SHAPE, jnp.float32)}),
+    "weights by class": ({}, {"weights": S(SHAPE[1:], jnp.float32)}),
+    "weights by example": ({}, {"weights": S((SHAPE[0], 1), jnp.float32)}),
+    "pos_weight": ({}, {"pos_weight": S(SHAPE[1:], jnp.float32)}),
+    "ignore_label and smoothing": ({"ignore_label": -1, "label_smoothing": 0.1}, {}),
+    "stop_focus_gradient": ({"stop_focus_gradient": True}, {}),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_every_argument_compiles_into_the_kernel_without_temporaries(target, case):
+    static, arrays = ARGUMENTS[case]
+
+    def f(x: Any, y: Any, arrays: Any) -> Any:
+        return jax.value_and_grad(lambda x: asymmetric_loss(x, y, **static, **arrays).sum())(x)
+
+    compiled = targets.compile_for(target, f, *operands(), arrays)
+    assert holds_kernel(target, compiled)
+    assert targets.temporary_bytes(compiled) <= FEW
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (33, 257), (1, 9605), (4096, 80), (2, 3, 5, 257), (64, 100_000)])
+def test_any_shape_compiles(target, shape):
+    compiled = targets.compile_for(target, total(), *operands(shape))
+    assert holds_kernel(target, compiled)
+
+
+def test_losses_per_element_leave_no_second_array(target):
+    f = jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, axis=()).sum())
+    compiled = targets.compile_for(target, f, *operands())
+    assert holds_kernel(target, compiled)
+    assert targets.temporary_bytes(compiled) <= 2 * LOGITS_BYTES + FEW  # the float32 losses themselves, and no more
+
+
+def test_a_sum_over_examples_alone_is_left_to_xla(target):
+    compiled = targets.compile_for(target, lambda x, y: asymmetric_loss(x, y, axis=0), *operands())
+    assert not holds_kernel(target, compiled)
+    # On CUDA, XLA writes the float32 losses before it sums them.
+    assert targets.temporary_bytes(compiled) <= (FEW if target in targets.TPU else 2 * LOGITS_BYTES + FEW)
+
+
+X, Y = operands((3, 64, 1000))
+TRANSFORMED = {
+    "vmap of value_and_grad": lambda x, y: jax.vmap(total())(x, y),
+    "vmap over another axis": lambda x, y: jax.vmap(total(), in_axes=1)(x, y),
+    "grad of vmap": lambda x, y: jax.grad(lambda x: jax.vmap(asymmetric_loss)(x, y).sum())(x),
+    "vmap over gamma": lambda x, y: jax.vmap(lambda g: asymmetric_loss(x[0], y[0], gamma_neg=g))(jnp.arange(3.0)),
+    "vmap with a mask": lambda x, y: jax.vmap(lambda x, y: asymmetric_loss(x, y, where=x[:, :1] > 0))(x, y),
+    "scan": lambda x, y: jax.lax.scan(lambda c, a: (c + total()(*a)[1], None), x[0], (x, y))[0],
+    "checkpoint": lambda x, y: jax.grad(lambda x: jax.checkpoint(lambda x: asymmetric_loss(x * 2, y).sum())(x))(x),
+    "grad of grad": lambda x, y: jax.grad(lambda x: (total()(x, y)[1] ** 2).sum())(x),
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMED)
+def test_transformed_it_is_still_the_kernel(target, case):
+    assert holds_kernel(target, targets.compile_for(target, TRANSFORMED[case], X, Y))
+
+
+def test_with_64_bit_types_enabled_the_kernel_still_compiles(target):
+    with jax.enable_x64(True):
+        compiled = targets.compile_for(target, total(), *operands())
+        assert holds_kernel(target, compiled)
+        assert targets.temporary_bytes(compiled) <= FEW
+
+
+def test_64_bit_labels_are_read_by_the_kernel_on_cuda_and_left_to_xla_on_tpu(target):
+    with jax.enable_x64(True):
+        compiled = targets.compile_for(target, total(), *operands(labels="int64"))
+        assert holds_kernel(target, compiled) == (target in targets.CUDA)
+
+
+def test_float64_is_left_to_xla(target):
+    with jax.enable_x64(True):
+        compiled = targets.compile_for(target, total(), *operands((64, 1000), logits="float64"))
+        assert not holds_kernel(target, compiled)
+
+
+def test_a_host_without_an_accelerator_exports_the_kernels():
+    available("h100")
+    shapes = operands((33, 257))
+    checks = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    with targets.lowering_for("h100"):  # JAX's lowering of Triton kernels asks for the card
+        export = jax.export.export(jax.jit(total()), platforms=("cpu", "tpu", "cuda"), disabled_checks=checks)
+        exported = export(*shapes)
+    text = exported.mlir_module()
+    assert "tpu_custom_call" in text and "__gpu$xla.gpu.triton" in text
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == ("cpu", "tpu", "cuda")
+    x, y = (jnp.ones(s.shape, s.dtype) for s in shapes)
+    value, slope = again.call(x, y)
+    assert jnp.allclose(value, total()(x, y)[0], rtol=1e-6) and slope.dtype == jnp.bfloat16
+
+
+SCHEDULE = """
+from profiling import targets
+import jax, jax.numpy as jnp
+from asl_pallas import asymmetric_loss
+f = jax.value_and_grad(lambda x, y: asymmetric_loss(x, y).sum())
+shapes = [jax.ShapeDtypeStruct((4096, 8192), d) for d in (jnp.bfloat16, jnp.int8)]
+targets.compile_for("v5e", f, *shapes)
+"""
+
+
+def test_on_v5e_1024_elements_take_at_most_18_bundles():
+    available("v5e")
+    (schedule,) = [s for s in targets.schedules("v5e", SCHEDULE) if "asl_pallas" in s.name]
+    tiling_vectors = 32 * 512 / 1024  # tpu_tiling's group and chunk for this shape
+    assert 5 < schedule.innermost / tiling_vectors <= 18
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4096, 9605), (4096, 80)])
+@pytest.mark.parametrize("f", [asymmetric_loss, total()], ids=["forward", "value and gradient"])
+def test_on_h100_nothing_spills_and_aligned_rows_load_16_bytes(f, shape):
+    available("h100")
+    kernels = [r for r in targets.resources("h100", f, *operands(shape)) if "asl_pallas" in r.name]
+    (kernel,) = kernels
+    assert kernel.spilled_bytes == 0
+    assert 16 <= kernel.registers <= 64
+    if shape[1] % 16 == 0:
+        assert max(kernel.loads) == 16
