@@ -49,12 +49,12 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             scratch[name] = pltpu.VMEM((tiling.rows, tiling.classes), inputs[name][0].dtype)
         elif operand.shape == (rows, classes):
             inputs[name] = operand, block
-        elif operand.shape[0] == 1:
-            inputs[name] = operand.astype(jnp.float32), by_class
-        else:
+        elif operand.shape == (rows, 1):
             vector = operand.astype(jnp.float32).reshape(1, rows)
             inputs[name] = jnp.pad(vector, ((0, 0), (0, padded_rows - rows))), by_row
             scratch[name] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
+        else:
+            inputs[name] = operand.astype(jnp.float32), by_class
         converted.append(fused)
 
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}

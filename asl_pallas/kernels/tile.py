@@ -23,9 +23,10 @@ Side = Callable[[Array | bool], "Result"]
 class Operands(NamedTuple):
     """The arrays of a call, in two dimensions; None where the call has none.
 
-    logits, labels: (rows, classes). where, weights: (rows, classes), (1, classes) or (rows, 1). pos_weight: (1, classes).
-    cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is rounded
-    to the logits' dtype.
+    logits, labels: (rows, classes). where, weights: (rows, classes), (1, classes) or (rows, 1).
+    pos_weight: (1, classes).
+    cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
+    rounded to the logits' dtype.
     scalars: (n,), the traced hyper-parameters in the formula's order.
     """
 

@@ -1,0 +1,166 @@
+"""The bounds that the loss has to keep, measured: speed and memory here, memory and schedule of chips that aren't here.
+
+Ratios only within one run: contenders take turns, and medians are compared, since a shared machine's timings drift.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from asl_pallas import asymmetric_loss
+from asl_pallas.formula import AsymmetricLoss
+from asl_pallas.kernels.tile import Operands, Task
+from asl_pallas.kernels.tiling import tpu_tiling
+from profiling import targets
+from reference import autodiff
+
+ROUNDS = 15
+CPU_SHAPE = (1024, 8192)
+CHIP_SHAPE = (4096, 8192)
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One measured figure and its bound; `bound` is None where the figure stands for comparison."""
+
+    where: str
+    what: str
+    figure: float
+    unit: str
+    bound: float | None = None
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        if self.bound is None:
+            return True
+        return self.figure >= self.bound if self.at_least else self.figure <= self.bound
+
+
+def ours(logits: Any, labels: Any) -> Any:
+    return asymmetric_loss(logits, labels).sum()
+
+
+def official(logits: Any, labels: Any) -> Any:
+    return autodiff.official(logits, labels).sum()
+
+
+def in_turns(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender, round by round, each once a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        jax.block_until_ready(run())
+    for _ in track(range(rounds), "CPU, in turns", console=Console(stderr=True)):
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def on_the_cpu() -> Iterator[Line]:
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.normal(-2, 3, CPU_SHAPE).astype(np.float32))
+    labels = jnp.asarray((random.random(CPU_SHAPE) < 0.01).astype(np.int8))
+    compiled = {f.__name__: jax.jit(jax.value_and_grad(f)).lower(logits, labels).compile() for f in (ours, official)}
+    seconds = in_turns({name: functools.partial(run, logits, labels) for name, run in compiled.items()}, ROUNDS)
+    ratios = [theirs / mine for theirs, mine in zip(seconds["official"], seconds["ours"], strict=True)]
+    where = "CPU, float32 1024 x 8192"
+    yield Line(where, "time of ours", 1e3 * statistics.median(seconds["ours"]), "ms")
+    yield Line(where, "time of the official formula under jit", 1e3 * statistics.median(seconds["official"]), "ms")
+    yield Line(where, f"official over ours, median of {ROUNDS}", statistics.median(ratios), "x", 4, True)
+    yield Line(where, "temporaries of ours", targets.temporary_bytes(compiled["ours"]) / MIB, "MiB", 1)
+    theirs = targets.temporary_bytes(compiled["official"]) / MIB
+    yield Line(where, "temporaries of the official formula", theirs, "MiB")
+
+
+def shapes() -> tuple[Any, Any]:
+    return jax.ShapeDtypeStruct(CHIP_SHAPE, jnp.bfloat16), jax.ShapeDtypeStruct(CHIP_SHAPE, jnp.int8)
+
+
+def compiled_for(target: str) -> Iterator[Line]:
+    where = f"{target}, bf16 4096 x 8192"
+    targets.device(target)
+    start = time.perf_counter()
+    mine = targets.compile_for(target, jax.value_and_grad(ours), *shapes())
+    seconds = time.perf_counter() - start
+    theirs = targets.compile_for(target, jax.value_and_grad(official), *shapes())
+    yield Line(where, "temporaries of ours", targets.temporary_bytes(mine) / MIB, "MiB", 4)
+    yield Line(where, "temporaries of the official formula", targets.temporary_bytes(theirs) / MIB, "MiB")
+    yield Line(where, "operations that read logits or labels", readers(mine), "", 2)
+    yield Line(where, "compile time of ours", seconds, "s", 5)
+
+
+def readers(compiled: Any) -> int:
+    """How many operations of the program read its two arguments."""
+    text = compiled.as_text()
+    entry = text[text.index("ENTRY") :].splitlines()
+    names = [line.split(" = ")[0].strip() for line in entry if " parameter(" in line]
+    return sum(line.count(f"{name},") + line.count(f"{name})") for line in entry for name in names)
+
+
+_SCRIPT = """
+import jax
+from profiling import bounds, targets
+targets.compile_for("v5e", jax.value_and_grad(bounds.ours), *bounds.shapes())
+"""
+
+
+def schedule_on_v5e() -> Iterator[Line]:
+    (schedule,) = [s for s in targets.schedules("v5e", _SCRIPT) if "asl_pallas" in s.name]
+    cycles = cycles_per_1024_elements(schedule)
+    yield Line("v5e, bf16 4096 x 8192", "bundles (cycles) per 1024 elements", cycles, "", 18)
+
+
+def cycles_per_1024_elements(schedule: targets.Schedule) -> float:
+    """Bundles times trips over all loops: the grid's blocks, a block's groups of rows, a group's chunks of classes."""
+    rows, classes = CHIP_SHAPE
+    task = Task(AsymmetricLoss(), "rows", True)
+    tiling = tpu_tiling(task, Operands(*shapes()))
+    blocks = rows * classes / (tiling.rows * tiling.classes)
+    groups = blocks * tiling.rows / tiling.group
+    chunks = groups * tiling.classes / tiling.chunk
+    trips = (1.0, blocks, groups, chunks)
+    bundles = sum(n * count for n, count in zip(trips, schedule.by_depth, strict=True))
+    return bundles / (rows * classes / 1024)
+
+
+def main() -> int:
+    console = Console()
+    table = Table(title=f"Bounds: value and gradient, int8 labels, jax {jax.__version__}")
+    for column, justify in (("where", "left"), ("what", "left"), ("figure", "right"), ("bound", "right"), ("", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    broken = 0
+    parts: list[Callable[[], Iterator[Line]]] = [on_the_cpu]
+    parts += [functools.partial(compiled_for, target) for target in targets.TARGETS]
+    parts.append(schedule_on_v5e)
+    for part in parts:
+        try:
+            lines = list(part())
+        except targets.MissingCompiler as reason:
+            table.add_row("", str(reason), "-", "-", "not measured")
+            continue
+        for line in lines:
+            bound = "-" if line.bound is None else f"{'>=' if line.at_least else '<='} {line.bound:g}"
+            verdict = "" if line.bound is None else "holds" if line.holds else "[bold red]broken"
+            table.add_row(line.where, line.what, f"{line.figure:.2f} {line.unit}".rstrip(), bound, verdict)
+            broken += not line.holds
+    console.print(table)
+    return 1 if broken else 0

@@ -1,0 +1,145 @@
+"""The formula of one element, by itself: all the mathematics is here, kernels only move tiles past it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import GAMMAS_AND_CLIP
+
+from asl_pallas import kernels
+from asl_pallas.formula import TRACED, AsymmetricLoss, exact_reciprocal
+from asl_pallas.kernels.tile import Operands, Task
+from reference import float64
+
+LOGITS = np.array(
+    [
+        -np.inf,
+        -1e4,
+        -200,
+        -104,
+        -88,
+        -30,
+        -20,
+        -5,
+        -2.9445,
+        -2.94,
+        -1,
+        -1e-6,
+        0,
+        1e-6,
+        0.5,
+        3,
+        17,
+        30,
+        88,
+        104,
+        1e4,
+        np.inf,
+    ],
+    np.float32,
+)
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
+@pytest.mark.parametrize("positive", [False, True])
+def test_value_gradient_and_both_are_the_same_numbers_for_masks_and_for_constants(gamma_neg, gamma_pos, clip, positive):
+    formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
+    mask = jnp.full(LOGITS.shape, positive)
+    value, slope = formula.value_and_gradient(jnp.asarray(LOGITS), mask)
+    np.testing.assert_array_equal(value, formula.value(jnp.asarray(LOGITS), mask))
+    np.testing.assert_array_equal(slope, formula.gradient(jnp.asarray(LOGITS), mask))
+    one_sided = formula.value_and_gradient(jnp.asarray(LOGITS), positive)
+    np.testing.assert_allclose(one_sided[0], value, rtol=3e-6)
+    np.testing.assert_allclose(one_sided[1], slope, rtol=3e-6)
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
+def test_a_bound_traced_formula_is_the_static_one_to_rounding(gamma_neg, gamma_pos, clip):
+    traced = AsymmetricLoss(TRACED, TRACED, TRACED).bind(
+        (jnp.float32(gamma_neg), jnp.float32(gamma_pos), jnp.float32(clip))
+    )
+    static = AsymmetricLoss(gamma_neg, gamma_pos, clip)
+    x, y = jnp.tile(jnp.asarray(LOGITS), 2), jnp.repeat(jnp.array([False, True]), LOGITS.size)
+    for ours, theirs in zip(traced.value_and_gradient(x, y), static.value_and_gradient(x, y), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_nan_logit_gives_nan_whatever_the_side_and_the_exponents():
+    for gamma_neg, gamma_pos, clip in GAMMAS_AND_CLIP:
+        for positive in (False, True):
+            pair = AsymmetricLoss(gamma_neg, gamma_pos, clip).value_and_gradient(jnp.float32(jnp.nan), positive)
+            assert np.isnan(pair).all()
+
+
+def test_easy_elements_have_no_negative_zero_loss():
+    value = AsymmetricLoss().value(jnp.asarray(LOGITS), jnp.zeros(LOGITS.shape, bool))
+    assert not np.signbit(value).any()
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(0.0, 0.0, 0.0), (2.0, 2.0, 0.0), (4.0, 1.0, 0.05)])
+@pytest.mark.parametrize("positive", [False, True])
+def test_the_curvature_at_a_logit_of_zero_is_not_lost_to_the_kink_of_an_absolute_value(
+    gamma_neg, gamma_pos, clip, positive
+):
+    formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
+    h = 1e-4
+    options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
+    up, down = (float64.gradient(np.array([x]), np.array([int(positive)]), **options)[0] for x in (h, -h))
+    found = jax.grad(lambda x: formula.gradient(x, positive))(jnp.float32(0))
+    assert found == pytest.approx((up - down) / (2 * h), rel=1e-5)
+    assert found > 0.01
+
+
+def test_a_coarse_reciprocal_shows_so_kernels_divide_as_they_are_told():
+    """The reciprocal that a kernel passes is the one that is used: a wrong one must not go unseen."""
+
+    def wrong(z: jax.Array) -> jax.Array:
+        return exact_reciprocal(z) * 1.01
+
+    x, y = jnp.asarray([0.3, 2.0]), jnp.asarray([False, True])
+    formula = AsymmetricLoss()
+    for exact, off in zip(formula.value_and_gradient(x, y), formula.value_and_gradient(x, y, wrong), strict=True):
+        assert (abs(exact - off) > 1e-3 * abs(exact)).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredHinge:
+    """Another loss of the family, as small as the design promises: max(0, margin - s x)^2 with s = +-1."""
+
+    margin: Any = 1.0
+
+    def value(self, logit, positive, reciprocal=exact_reciprocal):
+        return self.value_and_gradient(logit, positive)[0]
+
+    def gradient(self, logit, positive, reciprocal=exact_reciprocal):
+        return self.value_and_gradient(logit, positive)[1]
+
+    def value_and_gradient(self, logit, positive, reciprocal=exact_reciprocal):
+        sign = jnp.where(positive, 1.0, -1.0).astype(logit.dtype)
+        short = jnp.maximum(self.margin - sign * logit, 0.0)
+        return short * short, -2.0 * sign * short
+
+    def traced(self):
+        return ("margin",) if self.margin is TRACED else ()
+
+    def bind(self, scalars):
+        return dataclasses.replace(self, **dict(zip(self.traced(), scalars, strict=True)))
+
+
+@pytest.mark.parametrize("margin", [1.0, TRACED])
+def test_a_second_loss_costs_one_class_and_no_line_in_a_kernel(implementation, margin):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(5, 150)).astype(np.float32)
+    y = (random.random((5, 150)) < 0.3).astype(np.int8)
+    scalars = None if margin is not TRACED else jnp.asarray([0.7], jnp.float32)
+    expected = np.maximum((0.7 if margin is TRACED else 1.0) - (2.0 * y - 1) * x, 0)
+    task = Task(SquaredHinge(margin), "rows", True)
+    operands = Operands(jnp.asarray(x), jnp.asarray(y), scalars=scalars)
+    value, slope = jax.jit(lambda o: kernels.run(task, o, implementation, True))(operands)
+    np.testing.assert_allclose(value, (expected**2).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(slope, -2 * (2 * y - 1) * expected, atol=1e-5)

@@ -1,0 +1,173 @@
+"""Which kernel serves a call, what the lowered text says of it, and the shapes of its blocks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asl_pallas import asymmetric_loss, kernels
+from asl_pallas.formula import AsymmetricLoss
+from asl_pallas.kernels import mosaic_tpu, triton, xla
+from asl_pallas.kernels.platforms import by_platform
+from asl_pallas.kernels.tile import Operands, Task
+from asl_pallas.kernels.tiling import LANES, cpu_tiling, tpu_tiling, triton_tiling
+
+X, Y = jnp.ones((5, 150)), jnp.ones((5, 150), jnp.int8)
+
+
+def lowered_for(platform: str, **options: Any) -> str:
+    f = jax.jit(jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, **options).sum()))
+    return f.trace(X, Y).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_the_platform_of_the_lowering_chooses_not_the_platform_of_the_process():
+    assert "tpu_custom_call" in lowered_for("tpu")
+    assert "custom_call" not in lowered_for("cpu")
+    assert "custom_call" not in lowered_for("rocm")
+
+
+def test_a_kernel_asked_for_by_name_is_in_the_text_or_the_lowering_fails():
+    assert "tpu_custom_call" in lowered_for("tpu", implementation="mosaic_tpu")
+    assert "custom_call" not in lowered_for("tpu", implementation="xla")
+    for name, platform in (("mosaic_tpu", "cpu"), ("mosaic_tpu", "cuda"), ("triton", "tpu"), ("triton", "cpu")):
+        with pytest.raises(NotImplementedError, match=f"implementation='{name}' needs the platform"):
+            lowered_for(platform, implementation=name)
+
+
+def test_a_kernel_asked_for_by_name_runs_nowhere_else():
+    with pytest.raises(NotImplementedError, match="implementation='triton' needs the platform 'cuda'"):
+        asymmetric_loss(X, Y, implementation="triton")
+    with pytest.raises(NotImplementedError, match="no Mosaic GPU kernel"):
+        asymmetric_loss(X, Y, implementation="mosaic_gpu")
+
+
+def test_interpret_mode_ends_with_its_block_and_is_no_part_of_a_cached_call():
+    with kernels.interpret_mode():
+        inside = asymmetric_loss(X, Y, implementation="mosaic_tpu")
+    np.testing.assert_allclose(inside, asymmetric_loss(X, Y), rtol=1e-6)
+    with pytest.raises(NotImplementedError):
+        asymmetric_loss(X, Y, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "logits", "labels", "reason"),
+    [
+        ("mosaic_tpu", "float16", "int8", "loads no float16 logits"),
+        ("mosaic_tpu", "float32", "float16", "loads no float16 labels"),
+        ("triton", "float32", "float8_e4m3fn", "loads no float8_e4m3fn labels"),
+    ],
+)
+def test_a_refusal_gives_its_reason_and_none_falls_back(implementation, logits, labels, reason):
+    x, y = X.astype(logits), Y.astype(labels)
+    with pytest.raises(NotImplementedError, match=reason):
+        asymmetric_loss(x, y, implementation=implementation)
+    platform = kernels.PLATFORMS[implementation]
+    lowered = jax.jit(asymmetric_loss).trace(x, y).lower(lowering_platforms=(platform,)).as_text()
+    assert "custom_call" not in lowered
+
+
+def test_one_trace_lowers_one_platform_only():
+    def cannot(_: Any) -> Any:
+        raise AssertionError("lowered for a platform that nobody asked for")
+
+    def double(x: Any) -> Any:
+        return 2 * x
+
+    f = jax.jit(lambda x: by_platform(x, double, tpu=cannot, cpu=double, default=cannot))
+    assert f(3.0) == 6.0
+    assert jax.vmap(f)(jnp.arange(3.0)).tolist() == [0.0, 2.0, 4.0]
+    with pytest.raises(AssertionError):
+        f.trace(3.0).lower(lowering_platforms=("tpu",))
+
+
+def test_users_see_no_notice_about_triton_in_pallas():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lowered_for("tpu")
+        with kernels.interpret_mode():
+            asymmetric_loss(X, Y, implementation="triton")
+
+
+TASK = Task(AsymmetricLoss(), "rows", True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (33, 7), (4096, 80), (4096, 600), (1, 9605), (4096, 8192), (64, 2**20), (2**18, 80)]
+)
+@pytest.mark.parametrize("dtypes", [("bfloat16", "int8"), ("float32", "float32"), ("bfloat16", "bool")])
+def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, dtypes):
+    x, y = (jax.ShapeDtypeStruct(shape, jnp.dtype(d)) for d in dtypes)
+    tpu = tpu_tiling(TASK, Operands(x, y))
+    assert tpu.rows % LANES == tpu.classes % tpu.chunk == tpu.chunk % LANES == tpu.rows % tpu.group == 0
+    in_flight = 2 * tpu.rows * tpu.classes * (2 * x.dtype.itemsize + y.dtype.itemsize)
+    assert in_flight <= max(8 * 2**20, 2 * LANES * tpu.classes * 12)
+    assert tpu.rows < shape[0] + LANES and tpu.classes < shape[1] + tpu.chunk
+    gpu = triton_tiling(*shape)
+    assert gpu.span % gpu.chunk == 0 and gpu.rows & (gpu.rows - 1) == 0 and gpu.chunk & (gpu.chunk - 1) == 0
+    assert gpu.rows * gpu.chunk <= 2048
+    # The last span may be short, it may not be empty.
+    assert (-(-shape[1] // gpu.span) - 1) * gpu.span < shape[1]
+    cpu = cpu_tiling(*shape)
+    assert cpu.rows * cpu.classes <= 2**14 and cpu.rows <= shape[0] and cpu.classes <= shape[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 40_000), (3, 16_385), (100, 700), (33, 9605), (40_000, 1)])
+def test_streamed_is_the_whole_expression_over_every_edge(shape):
+    random = np.random.default_rng(0)
+    operands = Operands(
+        logits=jnp.asarray(random.normal(0, 3, shape), jnp.float32),
+        labels=jnp.asarray(random.random(shape) < 0.2),
+        where=jnp.asarray(random.random(shape) < 0.8),
+        weights=jnp.asarray(random.random((shape[0], 1)), jnp.float32),
+        pos_weight=jnp.asarray(random.random((1, shape[1])), jnp.float32),
+    )
+    for value in ("rows", "elements"):
+        task = Task(AsymmetricLoss(), value, True)
+        whole, streamed = (jax.jit(lambda o, f=f, t=task: f(t, o))(operands) for f in (xla.run, xla.run_streamed))
+        np.testing.assert_allclose(streamed.value, whole.value, rtol=2e-5)
+        np.testing.assert_allclose(streamed.gradient, whole.gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_the_cpu_keeps_its_temporaries_within_a_mebibyte():
+    x, y = jax.ShapeDtypeStruct((1024, 8192), jnp.float32), jax.ShapeDtypeStruct((1024, 8192), jnp.int8)
+    for f in (asymmetric_loss, jax.value_and_grad(lambda x, y: asymmetric_loss(x, y).sum())):
+        compiled = jax.jit(f).lower(x, y).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
+
+
+@pytest.mark.parametrize("kernel", [mosaic_tpu, triton])
+@pytest.mark.parametrize("shape", [(40, 3000), (300, 130), (1, 5000)])
+def test_blocks_of_rows_and_of_classes_meet_without_a_gap(kernel, shape):
+    """Several blocks either way: the parity tests' arrays are smaller than one."""
+    random = np.random.default_rng(1)
+    operands = Operands(
+        logits=jnp.asarray(random.normal(0, 3, shape), jnp.float32),
+        labels=jnp.asarray(random.random(shape) < 0.2, jnp.int8),
+        where=jnp.asarray(random.random((shape[0], 1)) < 0.8),
+        weights=jnp.asarray(random.random((1, shape[1])), jnp.float32),
+    )
+    expected = xla.run(TASK, operands)
+    found = jax.jit(lambda o: kernel.run(TASK, o, interpret=True))(operands)
+    np.testing.assert_allclose(found.value, expected.value, rtol=2e-5)
+    np.testing.assert_allclose(found.gradient, expected.gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", [mosaic_tpu, triton])
+@pytest.mark.parametrize("by", ["rows", "elements"])
+def test_the_backward_kernel_multiplies_by_the_cotangent_before_it_rounds(kernel, by):
+    random = np.random.default_rng(2)
+    shape = (40, 300)
+    logits = jnp.asarray(random.normal(0, 3, shape), jnp.bfloat16)
+    labels = jnp.asarray(random.random(shape) < 0.2)
+    cotangent = jnp.asarray(random.normal(size=(shape[0], 1) if by == "rows" else shape), jnp.float32)
+    exact = xla.run(Task(AsymmetricLoss(), "elements", True), Operands(logits.astype(jnp.float32), labels)).gradient
+    backward = Task(AsymmetricLoss(), None, True)
+    operands = Operands(logits, labels, cotangent=cotangent)
+    found = jax.jit(lambda o: kernel.run(backward, o, interpret=True))(operands)
+    assert found.value is None
+    np.testing.assert_array_equal(found.gradient, (exact * cotangent).astype(jnp.bfloat16))
