@@ -29,7 +29,7 @@ def check_logits(logits: Any) -> Array:
     return array
 
 
-def check_labels(labels: Any, logits: Array, where: Array | None, ignore_label: int | None) -> Array:
+def check_labels(labels: Any, logits: Array, where: Any, ignore_label: int | None) -> Array:
     array = _array("labels", labels)
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
@@ -40,17 +40,28 @@ def check_labels(labels: Any, logits: Array, where: Array | None, ignore_label: 
             f"ignore_label={ignore_label} needs integer labels and labels have dtype {array.dtype.name}; leave soft "
             "labels out with where"
         )
-    if array.dtype == jnp.bool_ or is_traced(array) or is_traced(where) or not array.is_fully_addressable:
-        return array
-    outside = (array < 0) | (array > 1)
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        outside = (array != 0) & (array != 1)
-    if ignore_label is not None:
-        outside &= array != ignore_label
-    if where is not None:
-        outside &= where
-    if outside.any():
-        value = array[outside][0]
+    _check_values(labels, where, ignore_label)
+    return array
+
+
+def _check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
+    """Concrete labels are 0 or 1, or in between, unless left out. They are looked at even while others are traced."""
+    if any(is_traced(x) or (isinstance(x, jax.Array) and not x.is_fully_addressable) for x in (labels, where)):
+        return
+    with jax.ensure_compile_time_eval():
+        array = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+        if array.dtype == bool:
+            return
+        good = (array >= 0) & (array <= 1)  # not so for NaN
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            good = (array == 0) | (array == 1)
+        if ignore_label is not None:
+            good |= array == ignore_label
+        if where is not None:
+            good |= ~(where if isinstance(where, jax.Array) else np.asarray(where, bool))
+        if good.all():
+            return
+        value = array[~good][0]
         allowed = "0 or 1" if jnp.issubdtype(array.dtype, jnp.integer) else "between 0 and 1"
         besides = "" if ignore_label is None else f", or ignore_label={ignore_label}"
         raise ValueError(f"labels hold {value}; expected {allowed}{besides}")
@@ -139,7 +150,7 @@ def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
 
 
 def check_implementation(implementation: Any) -> str | None:
-    if implementation is not None and implementation not in kernels.PLATFORMS:
+    if implementation is not None and not (isinstance(implementation, str) and implementation in kernels.PLATFORMS):
         known = ", ".join(map(repr, kernels.PLATFORMS))
         raise ValueError(f"implementation={implementation!r}; expected None or one of {known}")
     return implementation
@@ -154,7 +165,10 @@ def check_flag(name: str, flag: Any) -> bool:
 def _array(name: str, x: Any) -> Array:
     if isinstance(x, jax.Array):
         return x
-    raw = np.asarray(x) if not hasattr(x, "__jax_array__") else x
+    try:
+        raw = np.asarray(x) if not hasattr(x, "__jax_array__") else x
+    except ValueError as error:
+        raise ValueError(f"{name}: expected an array, and this is none: {error}") from error
     if isinstance(raw, np.ndarray) and raw.dtype.kind in "USOMmV" and raw.dtype.name not in LOGITS_DTYPES:
         raise TypeError(f"{name} has dtype {raw.dtype}; expected numbers")
     return jnp.asarray(raw)

@@ -105,7 +105,8 @@ class AsymmetricLoss:
         wrong, right, a, t, above = _sigmoid(u, reciprocal)
 
         # -log(1 - m): for a positive softplus(u), from u itself, since 1 - w underflows; for a negative with a margin
-        # from (1 - w) + clip, which is at least clip. One logarithm serves both.
+        # from (1 - w) + clip, which is at least clip. One logarithm serves both; where nothing else makes easy elements
+        # negligible, a second, log1p, keeps their small losses exact: thousands of them add up.
         # share = (1 - w) / (1 - m).
         if self._has_margin:
             margin = _select(positive, 0.0, self.clip, u.dtype)
@@ -113,13 +114,16 @@ class AsymmetricLoss:
             rest = jnp.minimum(right + margin, 1.0)
             softplus = positive if _is_static(self.clip) else jnp.logical_or(positive, margin == 0.0)
             z = _select(softplus, t, rest)
-            log = self._log(z, lambda: _select(softplus, a, -m))
+            log = jnp.log(z)
+            if not self._is_focused:
+                easy = softplus if softplus is True else jnp.logical_or(softplus, m < 0.5)
+                log = _select(easy, jnp.log1p(_select(easy, _select(softplus, a, -m), 0.0)), log)
             flip = sign if _is_static(self.clip) else _select(softplus, -1.0, 1.0, u.dtype)
             loss = _select(_and(softplus, above), u, 0.0) - flip * log
             share = _select(softplus, 1.0, right * reciprocal(z)) if gradient else 1.0
         else:
             m = wrong
-            loss = jnp.where(above, u, 0.0) + self._log(t, lambda: a)
+            loss = jnp.where(above, u, 0.0) + (jnp.log(t) if self._is_focused else jnp.log1p(a))
             share = 1.0
 
         # slope = gamma * m^(gamma - 1); focus = m^gamma.
@@ -139,15 +143,10 @@ class AsymmetricLoss:
     def _has_margin(self) -> bool:
         return not (_is_static(self.clip) and self.clip == 0)
 
-    def _log(self, z: Array, z_minus_one: Callable[[], Array]) -> Array:
-        """log(z), relatively accurate near z = 1 too where no focusing factor makes such elements negligible."""
-        log = jnp.log(z)
-        if all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos)):
-            return log
-        # log(1 + y) = log(z) * y / (z - 1) for z = 1 + y rounded: the rounding of z cancels.
-        y = z_minus_one()
-        one = z == 1.0
-        return jnp.where(one, y, log * (y / jnp.where(one, 1.0, z - 1.0)))
+    @property
+    def _is_focused(self) -> bool:
+        """Both sides have a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
+        return all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
 
     def _focus(self, m: Array, positive: Array | bool) -> tuple[Array, Array]:
         """gamma * m^(gamma - 1) and m^gamma of the element's own side."""
@@ -173,8 +172,7 @@ class AsymmetricLoss:
 def _sigmoid(u: Array, reciprocal: Reciprocal) -> tuple[Array, Array, Array, Array, Array]:
     """sigmoid(u), sigmoid(-u), a = exp(-|u|), 1 + a, and u >= 0: no cancellation on either side."""
     above = u >= 0.0
-    # Not -abs(u): its derivative at u = 0 is 0 under autodiff, and the curvature there would come out wrong.
-    a = jnp.exp(jnp.where(above, -u, u))
+    a = jnp.exp(-jnp.abs(u))  # not of min(u, -u): at a tie autodiff takes half of each, and the curvature at 0 is lost
     t = 1.0 + a
     r = reciprocal(t)
     ar = a * r

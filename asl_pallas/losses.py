@@ -104,7 +104,7 @@ def asymmetric_loss(
     )
     arrays = _Arrays(
         logits=x,
-        labels=arguments.check_labels(labels, x, mask, ignore),
+        labels=arguments.check_labels(labels, x, where, ignore),
         where=mask,
         weights=arguments.check_weights(weights, x),
         pos_weight=arguments.check_pos_weight(pos_weight, x),

@@ -1,0 +1,1 @@
+"""The parts of the phenotype example; `examples/train_phenotypes.py` puts them together."""

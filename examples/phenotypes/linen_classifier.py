@@ -1,0 +1,74 @@
+"""The same classifier and train step in Flax linen; its parameters have the same names and shapes."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.training.train_state import TrainState
+
+from asl_pallas import asymmetric_loss
+from phenotypes.data import PADDING
+from phenotypes.settings import Focus, Sizes
+
+
+class Classifier(nn.Module):
+    """Embedding bag, one hidden layer with a skip, a linear head: feature ids (batch, features) to logits."""
+
+    sizes: Sizes
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        sizes = self.sizes
+        zeros = nn.initializers.zeros_init()
+        present = (ids != PADDING)[..., None]
+        embedded = nn.Embed(sizes.buckets, sizes.width, embedding_init=zeros, name="embedding")(ids)
+        bag = jnp.sum(embedded * present, axis=-2) / jnp.sqrt(jnp.maximum(present.sum(axis=-2), 1))
+        hidden = bag + nn.gelu(nn.Dense(sizes.width, name="hidden")(bag))
+        hidden = nn.Dropout(sizes.dropout)(hidden, deterministic=dropout_key is None, rng=dropout_key)
+        return nn.Dense(sizes.labels, kernel_init=nn.initializers.normal(0.01), name="head")(hidden)
+
+
+@functools.partial(jax.jit, static_argnames="focus", donate_argnames="state")
+def train_step(
+    state: TrainState, ids: jax.Array, labels: jax.Array, dropout_key: jax.Array, focus: Focus
+) -> tuple[TrainState, jax.Array]:
+    """The next state and the loss: summed over the labels, averaged over the batch."""
+
+    def batch_loss(params: Any) -> jax.Array:
+        losses = asymmetric_loss(
+            state.apply_fn({"params": params}, ids, dropout_key),
+            labels,
+            gamma_neg=focus.gamma_neg,
+            gamma_pos=focus.gamma_pos,
+            clip=focus.clip,
+        )
+        return losses.mean()
+
+    loss, gradients = jax.value_and_grad(batch_loss)(state.params)
+    return state.apply_gradients(grads=gradients), loss
+
+
+@jax.jit
+def _logits(state: TrainState, ids: jax.Array) -> jax.Array:
+    return state.apply_fn({"params": state.params}, ids)
+
+
+class LinenTrainer:
+    """A classifier's parameters and its optimizer's state between two steps."""
+
+    def __init__(self, sizes: Sizes, bias: np.ndarray, optimizer: optax.GradientTransformation, seed: int):
+        model = Classifier(sizes)
+        params = model.init(jax.random.key(seed), jnp.zeros((1, sizes.features), jnp.int32))["params"]
+        params["head"]["bias"] = jnp.asarray(bias)
+        self.state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+
+    def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+        self.state, loss = train_step(self.state, jnp.asarray(ids), jnp.asarray(labels), dropout_key, focus)
+        return loss
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(_logits(self.state, jnp.asarray(ids)))

