@@ -171,7 +171,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
     )
     if call.axes and not sums_classes:
-        # A sum over rows alone: XLA fuses it with the formula, a kernel would write every element's loss first.
+        # A sum over rows alone: a kernel would write every element's loss first; XLA doesn't, on TPU and CPU.
         if plan.implementation not in (None, "xla"):
             raise NotImplementedError(
                 f"implementation={plan.implementation!r} sums over the classes or not at all, and axis leaves them in; "

@@ -22,6 +22,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import train_phenotypes  # noqa: E402
+
 from phenotypes import data, groups, interruption, metrics, report, settings, training  # noqa: E402
 from phenotypes.linen_classifier import LinenTrainer  # noqa: E402
 from phenotypes.nnx_classifier import NNXTrainer  # noqa: E402

@@ -1,0 +1,48 @@
+"""The README's code runs, and what it names exists."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_s_python_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out) > 0
+
+
+def test_the_readme_s_files_exist():
+    for name in re.findall(r"`((?:asl_pallas|reference|profiling|examples|tests|kernels)/[\w/.]*)`", README):
+        assert any((root / name).exists() for root in (ROOT, ROOT / "asl_pallas")) or name.startswith("examples/output")
+
+
+def test_the_readme_s_table_of_arguments_is_the_signature():
+    import inspect
+
+    from asl_pallas import asymmetric_loss
+
+    table = README[README.index("| argument |") : README.index("Reverse mode differentiates")]
+    first_cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
+    assert named == list(inspect.signature(asymmetric_loss).parameters)
+
+
+def test_importing_the_package_brings_in_nothing_but_jax_and_numpy():
+    code = "import jax, numpy, sys; before = set(sys.modules); import asl_pallas; print(*set(sys.modules) - before)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    packages = {name.partition(".")[0] for name in found.split()}
+    assert "asl_pallas" in packages
+    assert not packages & {"flax", "optax", "matplotlib", "rich", "sklearn", "pytest", "reference", "profiling"}
+
+
+def test_the_reference_shares_no_code_with_the_package_either_way():
+    for path in (ROOT / "reference").glob("*.py"):
+        assert "asl_pallas" not in re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE)
+    for path in (ROOT / "asl_pallas").rglob("*.py"):
+        assert "reference" not in re.findall(r"^\s*(?:from|import)\s+(\w+)", path.read_text(), re.MULTILINE)
