@@ -65,8 +65,8 @@ class AsymmetricLoss:
         dL/du = w * [m^g * (1 - w) / (1 - m) + g * m^(g - 1) * (1 - w) * -log(1 - m)],  0 where w <= c
 
     Nothing is clamped: a positive at x = -1e4 has the loss 1e4 and the slope -1. Loss and slope are finite wherever the
-    mathematics is, for infinite logits too, and NaN for a NaN. All selects are taken so that the derivative of the
-    slope, by autodiff, is right at x = 0 as well.
+    mathematics is, for infinite logits too, and NaN for a NaN: m carries it, by a select, since max and min drop a NaN
+    on a GPU. All selects are taken so that the derivative of the slope, by autodiff, is right at x = 0 as well.
 
     Attributes:
       gamma_neg, gamma_pos: focusing exponents, >= 0.
@@ -110,8 +110,8 @@ class AsymmetricLoss:
         # share = (1 - w) / (1 - m).
         if self._has_margin:
             margin = _select(positive, 0.0, self.clip, u.dtype)
-            m = jnp.maximum(wrong - margin, 0.0)
-            rest = jnp.minimum(right + margin, 1.0)
+            m = jnp.where(wrong <= margin, 0.0, wrong - margin)
+            rest = jnp.minimum(right + margin, 1.0)  # rounding could take it past 1, and the loss below 0
             softplus = positive if _is_static(self.clip) else jnp.logical_or(positive, margin == 0.0)
             z = _select(softplus, t, rest)
             log = jnp.log(z)
@@ -157,7 +157,7 @@ class AsymmetricLoss:
             power = jnp.where(inside, jnp.exp((gamma - 1.0) * jnp.log(jnp.where(inside, m, 1.0))), 0.0)
             return gamma * power, power * m
         of_positive, of_negative = sides
-        step: Any = (m > 0.0).astype(m.dtype) if self._has_margin else 1.0  # m^0 on the active side of the margin
+        step: Any = jnp.where(m > 0.0, 1.0, m) if self._has_margin else 1.0  # m^0 on the active side of the margin
 
         def lower(gamma: float) -> Any:  # m^(gamma - 1), unneeded where gamma is 0
             return _power(m, gamma - 1) if gamma else 0.0

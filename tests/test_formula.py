@@ -76,6 +76,20 @@ def test_a_nan_logit_gives_nan_whatever_the_side_and_the_exponents():
             assert np.isnan(pair).all()
 
 
+def test_a_nan_logit_gives_nan_where_max_and_min_drop_it(monkeypatch):
+    """Triton compiles them to max.f32 and min.f32, which return the other operand: Pallas's interpreter doesn't."""
+    monkeypatch.setattr(jnp, "maximum", jnp.fmax)
+    monkeypatch.setattr(jnp, "minimum", jnp.fmin)
+    for gamma_neg, gamma_pos, clip in [*GAMMAS_AND_CLIP, (0.0, 0.0, 0.05)]:
+        for positive in (False, True):
+            formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
+            traced = AsymmetricLoss(TRACED, TRACED, TRACED)
+            traced = traced.bind(tuple(map(jnp.float32, (gamma_neg, gamma_pos, clip))))
+            for one in (formula, traced):
+                assert np.isnan(one.value_and_gradient(jnp.float32(jnp.nan), positive)).all()
+                assert np.isnan(one.value_and_gradient(jnp.float32(jnp.nan), jnp.asarray(positive))).all()
+
+
 def test_easy_elements_have_no_negative_zero_loss():
     value = AsymmetricLoss().value(jnp.asarray(LOGITS), jnp.zeros(LOGITS.shape, bool))
     assert not np.signbit(value).any()

@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 
-from asl_pallas.kernels import mosaic_tpu, triton, xla
+from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Result, Task
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for. mosaic_gpu has no kernel yet.
 PLATFORMS: dict[str, Any] = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
+# The dtypes of logits, labels and where that a kernel can load.
+LOADS = {
+    "mosaic_tpu": ("float32", "bfloat16", "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32"),
+    "triton": (
+        *("float32", "bfloat16", "float16", "bool"),
+        *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    ),
+}
 # The jnp formula in one expression on every platform, for what the library itself decides to leave to XLA.
 PLAIN = "plain"
 
@@ -44,7 +53,7 @@ def refusal(implementation: str, task: Task, operands: Operands) -> str | None:
         return "this version of asl_pallas has no Mosaic GPU kernel; 'triton' serves every CUDA GPU"
     if operands.logits.dtype == jnp.float64:
         return "it computes in float32 and the logits are float64; 'xla' computes in float64"
-    supported = mosaic_tpu.DTYPES if implementation == "mosaic_tpu" else triton.DTYPES
+    supported = LOADS[implementation]
     for name in ("logits", "labels", "where"):
         operand = getattr(operands, name)
         if operand is not None and operand.dtype.name not in supported:
@@ -62,12 +71,12 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
         return by_platform(operands, plain, cpu=streamed, default=plain)
     if implementation is None:
         kernels = {
-            PLATFORMS[name]: functools.partial(kernel, task)
-            for name, kernel in _KERNELS.items()
+            PLATFORMS[name]: functools.partial(_kernel, name, task)
+            for name in LOADS
             if refusal(name, task, operands) is None
         }
         return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
-    kernel = functools.partial(_KERNELS[implementation], task)
+    kernel = functools.partial(_kernel, implementation, task)
     if interpret:
         return kernel(operands, interpret=True)
     return by_platform(
@@ -75,7 +84,9 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     )
 
 
-_KERNELS: dict[str, Any] = {"mosaic_tpu": mosaic_tpu.run, "triton": triton.run}
+def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:
+    """Runs the kernel of that name; who never lowers for its platform never waits for Pallas to be imported."""
+    return importlib.import_module(f"{__name__}.{name}").run(task, operands, interpret=interpret)
 
 
 def _refuse(implementation: str, operands: Operands) -> Result:

@@ -19,9 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from asl_pallas.formula import exact_reciprocal
 from asl_pallas.kernels.tile import Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TpuTiling, tpu_tiling
-from asl_pallas.kernels.versions import reciprocal as estimated_reciprocal
-
-DTYPES = ("float32", "bfloat16", "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32")
+from asl_pallas.kernels.versions import estimated_reciprocal
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -106,7 +104,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
 
 def _newton_reciprocal(z: Array) -> Array:
     """The chip's estimate and one Newton step: its own division, less the cases for 0, inf and denormals."""
-    estimate = estimated_reciprocal(z, approx=True)
+    estimate = estimated_reciprocal(z)
     return estimate * (2.0 - z * estimate)
 
 

@@ -6,11 +6,16 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
+from jax import Array
 
-# The chip's estimate of 1 / x moved from pallas to pallas.tpu in 0.11.
-reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
+
+def estimated_reciprocal(x: Array) -> Array:
+    """The TPU's own estimate of 1 / x. It moved from pallas to pallas.tpu in 0.11."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    module = pltpu if hasattr(pltpu, "reciprocal") else pl
+    return module.reciprocal(x, approx=True)
 
 
 @contextlib.contextmanager
