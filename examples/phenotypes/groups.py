@@ -76,7 +76,7 @@ def split(groups: np.ndarray) -> Split:
     """
     sizes = np.bincount(groups)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(sizes))
-    order = order[order != sizes.argmax()]
+    order = order[order != np.argmax(sizes)]
     dealt = np.cumsum(sizes[order]) / len(groups)
     side = np.full(len(sizes), "train", dtype="U10")
     side[order[dealt <= VALIDATION_SHARE + TEST_SHARE]] = "test"
