@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from asl_pallas import kernels
 from asl_pallas.formula import TRACED
@@ -154,6 +155,16 @@ def check_implementation(implementation: Any) -> str | None:
         known = ", ".join(map(repr, kernels.PLATFORMS))
         raise ValueError(f"implementation={implementation!r}; expected None or one of {known}")
     return implementation
+
+
+def check_logits_spec(logits_spec: Any, ndim: int) -> PartitionSpec | None:
+    if logits_spec is None:
+        return None
+    if not isinstance(logits_spec, PartitionSpec):
+        raise TypeError(f"logits_spec={logits_spec!r}; expected a jax.sharding.PartitionSpec")
+    if len(logits_spec) > ndim:
+        raise ValueError(f"logits_spec={logits_spec} has {len(logits_spec)} entries; the logits have {ndim} dimensions")
+    return logits_spec
 
 
 def check_flag(name: str, flag: Any) -> bool:

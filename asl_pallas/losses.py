@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import CustomVJPPrimal
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, kernels
+from asl_pallas import arguments, kernels, sharding
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
@@ -33,6 +34,7 @@ def asymmetric_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     stop_focus_gradient: bool = False,
+    logits_spec: PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> Array:
     r"""Asymmetric loss (ASL) of multilabel logits, summed over the classes by default.
@@ -67,6 +69,8 @@ def asymmetric_loss(
       label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2.
       stop_focus_gradient: the focusing factors (1 - p)^gamma_pos and p_m^gamma_neg count as constants in the gradient,
         the official code's disable_torch_grad_focal_loss.
+      logits_spec: how the logits lie on mesh axes that are Auto, where JAX can't see it; without it the formula is left
+        to XLA there, with a warning. Explicit axes need none, and without a mesh it has no meaning.
       implementation: None picks by the platform that the computation is lowered for, and falls back to "xla". By name:
         "xla" (any platform), "mosaic_tpu" (TPU), "triton" (CUDA GPUs). "mosaic_gpu" has no kernel yet.
 
@@ -101,6 +105,7 @@ def asymmetric_loss(
         label_smoothing=arguments.check_label_smoothing(label_smoothing),
         implementation=arguments.check_implementation(implementation),
         interpret=kernels.interpreting(),
+        logits_spec=arguments.check_logits_spec(logits_spec, x.ndim),
     )
     arrays = _Arrays(
         logits=x,
@@ -134,22 +139,28 @@ class _Call:
     label_smoothing: float
     implementation: str | None
     interpret: bool
+    logits_spec: PartitionSpec | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
-    """Two dimensions for the kernels; around them, what needs none."""
     *leading, classes = arrays.logits.shape
     ndim = len(leading) + 1
     dtype = compute_dtype(arrays.logits.dtype)
 
-    def matrix(array: Array) -> Array:
-        return _matrix(array, leading, classes)
+    def ranked(array: Array) -> Array:
+        """With the logits' rank, and along the classes constant or whole."""
+        array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
+        return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
-    pos_weight = arrays.pos_weight
-    if pos_weight is not None:
-        pos_weight = jnp.broadcast_to(pos_weight, (1, classes)).astype(dtype)
-
+    operands = Operands(
+        logits=reverse_mode_only(arrays.logits),
+        labels=arrays.labels,
+        where=None if arrays.where is None else ranked(arrays.where),
+        weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
+        pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
+        scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
+    )
     sums_classes = ndim - 1 in call.axes
     plan = _Plan(
         task=Task(
@@ -161,14 +172,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         ),
         implementation=call.implementation,
         interpret=call.interpret,
-    )
-    operands = Operands(
-        logits=matrix(arrays.logits),
-        labels=matrix(arrays.labels),
-        where=None if arrays.where is None else matrix(arrays.where),
-        weights=None if arrays.weights is None else matrix(arrays.weights.astype(dtype)),
-        pos_weight=pos_weight,
-        scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
+        layout=None,
     )
     if call.axes and not sums_classes:
         # A sum over rows alone: a kernel would write every element's loss first; XLA doesn't, on TPU and CPU.
@@ -177,23 +181,19 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
                 f"implementation={plan.implementation!r} sums over the classes or not at all, and axis leaves them in; "
                 "'xla' serves every axis"
             )
-        plan = dataclasses.replace(plan, implementation=kernels.PLAIN)
+        plan = plan.plain()
     elif plan.implementation is not None:
         reason = kernels.refusal(plan.implementation, plan.task, operands)
         if reason is not None:
             raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
-
-    loss = _loss(plan, operands._replace(logits=reverse_mode_only(operands.logits)))
-    loss = loss.reshape(leading if sums_classes else arrays.logits.shape)
-    return jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
-
-
-def _matrix(array: Array, leading: list[int], classes: int) -> Array:
-    """An array that broadcasts to (*leading, classes), as (rows, classes), (rows, 1) or (1, classes)."""
-    array = array.reshape((1,) * (len(leading) + 1 - array.ndim) + array.shape)
-    if all(n == 1 for n in array.shape[:-1]):
-        return jnp.broadcast_to(array.reshape(1, array.shape[-1]), (1, classes))
-    return jnp.broadcast_to(array, (*leading, array.shape[-1])).reshape(math.prod(leading), array.shape[-1])
+    try:
+        plan = dataclasses.replace(plan, layout=sharding.layout_of(arrays.logits, call.logits_spec))
+    except sharding.CannotCutError as reason:
+        # Right in any case, and XLA can partition it; a kernel it can't.
+        if plan.implementation != kernels.PLAIN:
+            warnings.warn(f"{reason}; asymmetric_loss leaves the formula to XLA", stacklevel=3)
+        plan = plan.plain()
+    return jnp.sum(_loss(plan, operands), tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,21 +201,30 @@ class _Plan:
     task: Task
     implementation: str | None
     interpret: bool
+    layout: sharding.Layout | None
 
     def wants(self, *, value: bool, gradient: bool) -> _Plan:
         task = dataclasses.replace(self.task, value=self.task.value if value else None, gradient=gradient)
         return dataclasses.replace(self, task=task)
 
+    def plain(self) -> _Plan:
+        return dataclasses.replace(self, implementation=kernels.PLAIN)
+
+
+def _evaluate(plan: _Plan, operands: Operands) -> Result:
+    run = functools.partial(kernels.run, plan.task, implementation=plan.implementation, interpret=plan.interpret)
+    return run(operands) if plan.layout is None else sharding.on_shards(run, plan.task, operands, plan.layout)
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _run(plan: _Plan, operands: Operands) -> Result:
-    return kernels.run(plan.task, operands, plan.implementation, plan.interpret)
+    return _evaluate(plan, operands)
 
 
 @_run.defjvp
 def _run_jvp(plan: _Plan, primals, tangents):
     """Second derivatives, and first ones that no kernel gives: autodiff of the formula in plain jnp."""
-    _, tangents_out = jax.jvp(functools.partial(kernels.xla.run, plan.task), primals, tangents)
+    _, tangents_out = jax.jvp(functools.partial(_evaluate, plan.plain()), primals, tangents)
     return _run(plan, *primals), tangents_out
 
 
@@ -247,7 +256,7 @@ def _loss_backward(plan: _Plan, residuals, cotangent: Array):
     gradient, operands, perturbed = residuals
     found: dict[str, Any] = dict.fromkeys(Operands._fields)
     if "logits" in perturbed:
-        by_element = cotangent if plan.task.value == "elements" else cotangent[:, None]
+        by_element = cotangent if plan.task.value == "elements" else cotangent[..., None]
         if gradient is not None:
             found["logits"] = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
         else:
@@ -257,7 +266,7 @@ def _loss_backward(plan: _Plan, residuals, cotangent: Array):
     if others:
 
         def value(others):
-            return kernels.xla.run(plan.task, operands._replace(**others)).value
+            return _evaluate(plan.plain(), operands._replace(**others)).value
 
         _, pull_back = jax.vjp(value, others)
         found.update(pull_back(cotangent)[0])

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import glob
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -25,10 +26,14 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import AxisType
 
 TPU = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 CUDA = ("h100",)
+# Pods: topology, and the (data, model) mesh that their chips make here.
+PODS = {"v5e:16x16": (16, 16), "v6e:16x16": (16, 16), "v5p:8x8x8": (32, 16), "tpu7x:4x4x4": (16, 8)}
 TARGETS = (*TPU, *CUDA)
 
 # What XLA has to know of a card that it can't ask.
@@ -71,6 +76,27 @@ def device(target: str) -> Any:
     except Exception as error:  # whatever a plug-in raises, the reason is all that matters
         raise MissingCompiler(f"the compiler for {target} doesn't start: {error}") from error
     return found.devices[0]
+
+
+def pod(topology: str, data: int, model: int, kind: AxisType = AxisType.Explicit) -> jax.sharding.Mesh:
+    """A mesh ("data", "model") over the chips of a pod that isn't here, good for compiling and nothing else."""
+    device("v5e")  # or the reason why there is no compiler
+    chips = topologies.get_topology_desc(topology_name=topology, platform="tpu").devices
+    return jax.sharding.Mesh(np.array(chips).reshape(data, model), ("data", "model"), axis_types=(kind, kind))
+
+
+def collectives(compiled: Any) -> list[tuple[str, int]]:
+    """Every operation of the program that moves data between chips: its name, and the bytes of its results a chip."""
+    found = []
+    names = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    for shapes, name in re.findall(rf"= (.+?) ({names})(?:-start)?\(", compiled.as_text()):
+        elements = re.findall(r"(pred|[a-z]+(\d+))\[([\d,]*)\]", shapes)
+        sizes = [
+            (int(bits) // 8 if bits else 1) * math.prod(int(n) for n in dims.split(",") if n)
+            for _, bits, dims in elements
+        ]
+        found.append((name, sum(sizes)))
+    return found
 
 
 def compile_for(target: str, f: Callable[..., Any], *shapes: Any, dump: str | None = None) -> Any:

@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
     marks = config.getoption("-m", default="") or ""
     if not any(mark in marks.replace(f"not {mark}", "") for mark in ("gpu", "tpu")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         # libtpu compiles for chips that are not there; without these it looks for them on the network.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -6,10 +6,12 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
@@ -62,11 +64,22 @@ def refusal(implementation: str, task: Task, operands: Operands) -> str | None:
 
 
 def run(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
-    """Value and gradient by the kernel of that name, or by the best for the platform that this is lowered for."""
+    """Value and gradient by the kernel of that name, or by the best for the platform that this is lowered for.
+
+    The operands have any number of leading dimensions; each has the logits' rank, and may be constant along some.
+    """
+    leading = operands.logits.shape[:-1]
+    if implementation == PLAIN or operands.logits.size == 0:
+        return xla.run(task, operands)
+    value, gradient = _run_matrix(task, _matrices(operands), implementation, interpret)
+    if task.value is not None:
+        value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
+    return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape))
+
+
+def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
     plain = functools.partial(xla.run, task)
     streamed = functools.partial(xla.run_streamed, task)
-    if implementation == PLAIN or operands.logits.size == 0:
-        return plain(operands)
     if implementation == "xla":
         return by_platform(operands, plain, cpu=streamed, default=plain)
     if implementation is None:
@@ -82,6 +95,22 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     return by_platform(
         operands, plain, **{PLATFORMS[implementation]: kernel}, default=functools.partial(_refuse, implementation)
     )
+
+
+def _matrices(operands: Operands) -> Operands:
+    """Every operand as (rows, classes), (rows, 1) or (1, classes)."""
+    *leading, _ = operands.logits.shape
+    rows = math.prod(leading)
+
+    def matrix(operand: Array) -> Array:
+        if operand.ndim == 2:
+            return operand
+        if all(n == 1 for n in operand.shape[:-1]):
+            return operand.reshape(1, operand.shape[-1])
+        return jnp.broadcast_to(operand, (*leading, operand.shape[-1])).reshape(rows, operand.shape[-1])
+
+    arrays = {n: matrix(o) for n, o in operands._asdict().items() if o is not None and n != "scalars"}
+    return operands._replace(**arrays)
 
 
 def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:

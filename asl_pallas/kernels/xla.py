@@ -13,10 +13,10 @@ from asl_pallas.kernels.tiling import cpu_tiling
 
 
 def run(task: Task, operands: Operands) -> Result:
-    """The whole problem at once."""
+    """The whole problem at once, in any number of dimensions."""
     value, gradient = task.bind(operands.scalars).evaluate(operands)
     if task.value == "rows":
-        value = jnp.sum(value, axis=1)
+        value = jnp.sum(value, axis=-1)
     if task.gradient:
         gradient = gradient.astype(operands.logits.dtype)
     return Result(value, gradient)

@@ -1,0 +1,134 @@
+"""Which part of the work is whose, under a mesh.
+
+The kernels see one device's shard: a jax.shard_map around each of them says so to XLA, which could partition them no
+other way. An element's loss needs nothing of its neighbours', so the only thing that moves is one sum an example, over
+the mesh axes that share the classes out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from asl_pallas.kernels.tile import Operands, Result, Task
+
+Axes = tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The mesh, and for each dimension of the logits the mesh axes that share it out."""
+
+    mesh: Any
+    axes: Axes
+
+    def spec(self, operand: Array, shape: tuple[int, ...], only: AxisType | None = None) -> PartitionSpec:
+        """An operand of the logits' rank lies as they do, but for dimensions along which it is constant."""
+        kinds = _kinds(self.mesh)
+        entries = []
+        for size, of_logits, names in zip(operand.shape, shape, self.axes, strict=True):
+            kept = tuple(n for n in names if only is None or kinds[n] == only) if size == of_logits else ()
+            entries.append(kept or None)
+        return PartitionSpec(*entries)
+
+
+class CannotCutError(Exception):
+    """No shard_map can be written: how the logits lie is unknown, or their shards aren't equal."""
+
+
+def layout_of(logits: Array, logits_spec: PartitionSpec | None) -> Layout | None:
+    """How the logits lie on the mesh in sight; None where a kernel can be called as it is.
+
+    That is without a mesh, on a mesh of one device, and inside a shard_map over all of the mesh.
+    """
+    sharding = jax.typeof(logits).sharding
+    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
+    kinds = _kinds(mesh)
+    if mesh.empty or all(kind == AxisType.Manual for kind in kinds.values()):
+        return None
+    axes = [[n for n in names if kinds[n] == AxisType.Explicit] for names in _names(sharding.spec, logits.ndim)]
+    if logits_spec is not None:
+        _add_spec(axes, logits_spec, logits, kinds)
+    if mesh.size == 1:
+        return None
+    if logits_spec is None and AxisType.Auto in kinds.values():
+        auto = ", ".join(name for name, kind in kinds.items() if kind == AxisType.Auto)
+        raise CannotCutError(
+            f"the mesh axes {auto} are Auto, where JAX can't see how the logits lie: pass "
+            "logits_spec=PartitionSpec(...) to run the kernel on every shard"
+        )
+    for size, names in zip(logits.shape, axes, strict=True):
+        parts = math.prod(mesh.shape[n] for n in names)
+        if logits.size and size % parts:
+            raise CannotCutError(f"logits_spec={logits_spec} cuts a dimension of {size} into {parts} unequal parts")
+    return Layout(mesh, tuple(map(tuple, axes)))
+
+
+def _add_spec(axes: list[list[str]], logits_spec: PartitionSpec, logits: Array, kinds: dict[str, AxisType]) -> None:
+    for dimension, names in enumerate(_names(logits_spec, logits.ndim)):
+        for name in names:
+            if name not in kinds:
+                raise ValueError(f"logits_spec={logits_spec} names the axis {name!r}; the mesh has {', '.join(kinds)}")
+            if kinds[name] == AxisType.Explicit and name not in axes[dimension]:
+                raise ValueError(
+                    f"logits_spec={logits_spec} puts the Explicit axis {name!r} on dimension {dimension}; the logits "
+                    f"lie as {jax.typeof(logits).sharding.spec}"
+                )
+            if kinds[name] == AxisType.Auto:
+                axes[dimension].append(name)
+
+
+def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands, layout: Layout) -> Result:
+    """`run` on every device's shard, and the sums over the classes added up between those that share them out."""
+    shape = operands.logits.shape
+    kinds = _kinds(layout.mesh)
+    if AxisType.Explicit in kinds.values():
+        operands = operands._replace(**{n: _lay(o, layout, shape) for n, o in _arrays(operands).items()})
+    specs = {name: layout.spec(operand, shape) for name, operand in _arrays(operands).items()}
+    class_axes = layout.axes[-1]
+
+    def body(operands: Operands) -> Result:
+        value, gradient = run(operands)
+        if task.value == "rows" and class_axes:
+            value = lax.psum(value, class_axes)
+        return Result(value, gradient)
+
+    of_logits = specs["logits"]
+    of_value = {"rows": PartitionSpec(*of_logits[:-1]), "elements": of_logits, None: None}[task.value]
+    all_specs: dict[str, Any] = {**specs, "scalars": None if operands.scalars is None else PartitionSpec()}
+    return jax.shard_map(
+        body,
+        mesh=layout.mesh,
+        in_specs=(Operands(**all_specs),),
+        out_specs=Result(of_value, of_logits if task.gradient else None),
+        axis_names={name for name, kind in kinds.items() if kind != AxisType.Manual},
+        check_vma=False,
+    )(operands)
+
+
+def _lay(operand: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
+    """Explicit axes have to agree before a shard_map: labels and the rest move to where the logits are."""
+    spec = layout.spec(operand, shape, only=AxisType.Explicit)
+    if _names(jax.typeof(operand).sharding.spec, operand.ndim) == _names(spec, operand.ndim):
+        return operand
+    return jax.reshard(operand, NamedSharding(layout.mesh, spec))
+
+
+def _arrays(operands: Operands) -> dict[str, Array]:
+    return {n: o for n, o in operands._asdict().items() if o is not None and n != "scalars"}
+
+
+def _kinds(mesh: Any) -> dict[str, AxisType]:
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+
+def _names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension."""
+    entries = (*spec, *(None,) * (ndim - len(spec)))
+    return [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]

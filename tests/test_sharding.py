@@ -1,0 +1,187 @@
+"""On a mesh: eight CPU devices give what one gives, and what moves between them is a sum."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import cotangent_of, labels_of, logits_of
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from asl_pallas import asymmetric_loss, kernels
+
+SHAPE = (4, 8, 48)
+SPECS = [
+    P("data"),
+    P(None, "data"),
+    P(None, None, "model"),
+    P("data", None, "model"),
+    P(None, ("data", "model")),
+    P(None, None, ("model", "data")),
+    P(None, "model", "data"),
+    P(),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eight_devices():
+    if len(jax.devices()) < 8:
+        pytest.fail("conftest.py gives every test process eight CPU devices")
+
+
+def mesh_of(kind: AxisType) -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind), devices=jax.devices()[:8])
+
+
+def both(implementation: str | None, spec: P | None, **options: Any) -> Any:
+    """Loss and gradient of a weighted sum of the losses."""
+
+    def run(x: Any, y: Any, arrays: Any) -> Any:
+        def total(x: Any) -> Any:
+            loss = asymmetric_loss(x, y, implementation=implementation, logits_spec=spec, **options, **arrays)
+            return jnp.sum(jnp.log1p(loss)), loss
+
+        (_, loss), slope = jax.value_and_grad(total, has_aux=True)(x)
+        return loss, slope
+
+    return run
+
+
+def operands(dtype: str = "float32") -> tuple[Any, Any, dict[str, Any]]:
+    random = np.random.default_rng(5)
+    arrays = {
+        "where": random.random(SHAPE) < 0.9,
+        "weights": random.random((4, 8, 1)).astype(np.float32),
+        "pos_weight": random.random(48).astype(np.float32),
+    }
+    return logits_of(SHAPE, dtype=dtype), labels_of(SHAPE), arrays
+
+
+def interpreted(implementation: str | None) -> Any:
+    return kernels.interpret_mode() if implementation else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("implementation", [None, "mosaic_tpu", "triton"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_every_layout_gives_what_one_device_gives(implementation, kind, spec):
+    x, y, arrays = operands()
+    with interpreted(implementation):
+        loss, slope = jax.jit(both(implementation, None))(x, y, arrays)
+        mesh = mesh_of(kind)
+        with jax.set_mesh(mesh):
+            on_mesh = jax.device_put(x, NamedSharding(mesh, spec))
+            # Labels lie otherwise than the logits: they move, and the rest is replicated.
+            labels = jax.device_put(y, NamedSharding(mesh, P(None, "data")))
+            named = spec if kind == AxisType.Auto else None
+            found = jax.jit(both(implementation, named))(on_mesh, labels, arrays)
+    np.testing.assert_allclose(found[0], loss, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[1], slope, rtol=1e-5, atol=1e-6)
+    assert found[1].sharding.is_equivalent_to(on_mesh.sharding, 3)
+
+
+@pytest.mark.parametrize("axis", [-1, (), None, 0, (0, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_axis_and_dtype_gives_what_one_device_gives(axis, kind, dtype):
+    x, y, arrays = operands(dtype)
+    spec = P("data", None, "model")
+    loss, slope = jax.jit(both(None, None, axis=axis))(x, y, arrays)
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(x, NamedSharding(mesh, spec))
+        found = jax.jit(both(None, spec if kind == AxisType.Auto else None, axis=axis))(on_mesh, y, arrays)
+    np.testing.assert_allclose(found[0], loss, rtol=2e-6, atol=1e-6)
+    precision = 2 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(found[1], np.float32), np.asarray(slope, np.float32), rtol=precision, atol=max(1e-6, precision**2)
+    )
+
+
+def test_inside_the_users_shard_map_the_kernel_runs_on_the_shard():
+    x, y, _ = operands()
+    mesh = mesh_of(AxisType.Auto)
+    expected = asymmetric_loss(x, y)
+    with interpreted("mosaic_tpu"):
+        body = jax.shard_map(
+            lambda x, y: asymmetric_loss(x, y, implementation="mosaic_tpu"),
+            mesh=mesh,
+            in_specs=P("data", "model"),
+            out_specs=P("data", "model"),
+            check_vma=False,
+        )
+        np.testing.assert_allclose(jax.jit(body)(x, y), expected, rtol=1e-6)
+
+
+def test_without_a_spec_auto_axes_are_left_to_xla_with_one_warning():
+    x, y, arrays = operands()
+    mesh = mesh_of(AxisType.Auto)
+    loss, slope = jax.jit(both(None, None))(x, y, arrays)
+    with jax.set_mesh(mesh), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        on_mesh = jax.device_put(x, NamedSharding(mesh, P("data", None, "model")))
+        found = jax.jit(both(None, None))(on_mesh, y, arrays)
+    np.testing.assert_allclose(found[0], loss, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[1], slope, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 1 and "logits_spec" in str(seen[0].message)
+
+
+def test_unequal_parts_are_left_to_xla_with_a_warning_and_right():
+    x, y = logits_of((6, 50)), labels_of((6, 50))
+    mesh = mesh_of(AxisType.Auto)
+    with jax.set_mesh(mesh), pytest.warns(UserWarning, match="cuts a dimension of 6 into 4 unequal parts"):
+        found = jax.jit(lambda x: asymmetric_loss(x, y, logits_spec=P("data", "model")))(x)
+    np.testing.assert_allclose(found, asymmetric_loss(x, y), rtol=1e-6)
+
+
+def test_a_spec_means_nothing_without_a_mesh():
+    x, y, _ = operands()
+    np.testing.assert_array_equal(asymmetric_loss(x, y, logits_spec=P("data")), asymmetric_loss(x, y))
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "sentence"),
+    [
+        (P("nowhere"), ValueError, "names the axis 'nowhere'; the mesh has data, model"),
+        (P(None, None, None, "data"), ValueError, "has 4 entries; the logits have 3 dimensions"),
+        ("data", TypeError, "expected a jax.sharding.PartitionSpec"),
+    ],
+)
+def test_a_bad_spec_is_named_before_anything_is_compiled(spec, error, sentence):
+    x, y, _ = operands()
+    with jax.set_mesh(mesh_of(AxisType.Auto)), pytest.raises(error, match=re.escape(sentence)):
+        jax.jit(lambda x: asymmetric_loss(x, y, logits_spec=spec)).trace(x)
+
+
+def test_a_spec_that_contradicts_explicit_axes_is_named():
+    x, y, _ = operands()
+    mesh = mesh_of(AxisType.Explicit)
+    on_mesh = jax.device_put(x, NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="puts the Explicit axis 'model' on dimension 0"):
+        jax.jit(lambda x: asymmetric_loss(x, y, logits_spec=P("model"))).trace(on_mesh)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_second_derivatives_on_a_mesh(kind):
+    x, y, _ = operands()
+    direction = cotangent_of(SHAPE)
+    spec = P("data", None, "model")
+
+    def curvature(x: Any, spec: P | None) -> Any:
+        slope = jax.grad(lambda x: asymmetric_loss(x, y, axis=None, logits_spec=spec))
+        return jax.grad(lambda x: jnp.sum(slope(x) * direction))(x)
+
+    expected = jax.jit(lambda x: curvature(x, None))(x)
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(x, NamedSharding(mesh, spec))
+        direction = jax.device_put(direction, NamedSharding(mesh, spec))
+        found = jax.jit(lambda x: curvature(x, spec if kind == AxisType.Auto else None))(on_mesh)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
