@@ -88,6 +88,7 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     """`run` on every device's shard, and the sums over the classes added up between those that share them out."""
     shape = operands.logits.shape
     kinds = _kinds(layout.mesh)
+    free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
     if AxisType.Explicit in kinds.values():
         operands = operands._replace(**{n: _lay(o, layout, shape) for n, o in _arrays(operands).items()})
     specs = {name: layout.spec(operand, shape) for name, operand in _arrays(operands).items()}
@@ -107,7 +108,8 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
         mesh=layout.mesh,
         in_specs=(Operands(**all_specs),),
         out_specs=Result(of_value, of_logits if task.gradient else None),
-        axis_names={name for name, kind in kinds.items() if kind != AxisType.Manual},
+        # Where none is taken JAX's default: under vmap it leaves out the axis that shares out the mapped dimension.
+        axis_names=free if len(free) < len(kinds) else frozenset(),
         check_vma=False,
     )(operands)
 

@@ -53,6 +53,24 @@ def test_the_loss_moves_one_value_an_example_and_a_scalar(topology, kind, spec):
     assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_the_users_shard_map_the_kernel_compiles(topology, check_vma):
+    mesh = mesh_of(topology, AxisType.Explicit)
+    spec = P("data", "model")
+    shape = (32 * mesh.shape["data"], CLASSES)
+    shapes = [jax.ShapeDtypeStruct(shape, d, sharding=NamedSharding(mesh, spec)) for d in (jnp.bfloat16, jnp.int8)]
+    f = jax.shard_map(
+        lambda x, y: jax.grad(lambda x: asymmetric_loss(x, y, axis=None))(x),
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    compiled = jax.jit(f).lower(*shapes).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    assert not targets.collectives(compiled)
+
+
 class Tower(nnx.Module):
     """An MLP trunk and a head whose classes are shared out."""
 

@@ -105,19 +105,62 @@ def test_every_axis_and_dtype_gives_what_one_device_gives(axis, kind, dtype):
     )
 
 
-def test_inside_the_users_shard_map_the_kernel_runs_on_the_shard():
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("implementation", [None, "mosaic_tpu", "triton"])
+def test_inside_the_users_shard_map_the_kernel_runs_on_the_shard(implementation, check_vma, kind):
+    x, y, arrays = operands()
+    weights = arrays["pos_weight"]  # replicated, where the logits vary
+
+    def body(x: Any, y: Any) -> Any:
+        options = {"implementation": implementation, "weights": weights}
+        slope = jax.grad(lambda x: asymmetric_loss(x, y, axis=None, **options))(x)
+        return asymmetric_loss(x, y, **options), slope
+
+    expected = asymmetric_loss(x, y, weights=weights)
+    mesh = mesh_of(kind)
+    place = NamedSharding(mesh, P("data", "model"))
+    with interpreted(implementation):
+        specs = P("data", "model")
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, specs), out_specs=(specs, specs), check_vma=check_vma)
+        loss, slope = jax.jit(mapped)(jax.device_put(x, place), jax.device_put(y, place))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    whole = jax.grad(lambda x: asymmetric_loss(x, y, axis=None, weights=weights))(x)
+    np.testing.assert_allclose(slope, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+def test_inside_a_shard_map_over_some_axes_the_others_are_partitioned(kind):
     x, y, _ = operands()
-    mesh = mesh_of(AxisType.Auto)
-    expected = asymmetric_loss(x, y)
-    with interpreted("mosaic_tpu"):
-        body = jax.shard_map(
-            lambda x, y: asymmetric_loss(x, y, implementation="mosaic_tpu"),
-            mesh=mesh,
-            in_specs=P("data", "model"),
-            out_specs=P("data", "model"),
-            check_vma=False,
+    named = P(None, None, "model") if kind == AxisType.Auto else None
+    mesh = mesh_of(kind)
+    place = NamedSharding(mesh, P("data", None, "model"))
+    with jax.set_mesh(mesh), interpreted("mosaic_tpu"):
+        mapped = jax.shard_map(
+            lambda x, y: asymmetric_loss(x, y, logits_spec=named, implementation="mosaic_tpu"),
+            in_specs=(P("data"), P("data")),
+            out_specs=P("data"),
+            axis_names={"data"},
         )
-        np.testing.assert_allclose(jax.jit(body)(x, y), expected, rtol=1e-6)
+        found = jax.jit(mapped)(jax.device_put(x, place), jax.device_put(y, place))
+    np.testing.assert_allclose(found, asymmetric_loss(x, y), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+    "spec", [P("data"), P(None, "data"), P(None, None, "model"), P("data", None, "model")], ids=str
+)
+def test_vmap_over_a_leading_dimension_sharded_or_not(kind, spec):
+    x, y, _ = operands()
+    mesh = mesh_of(kind)
+    named = P(*spec[1:]) if kind == AxisType.Auto else None
+    with jax.set_mesh(mesh):
+        place = NamedSharding(mesh, spec)
+        f = jax.jit(jax.vmap(jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, axis=None, logits_spec=named))))
+        found = f(jax.device_put(x, place), jax.device_put(y, place))
+    expected = jax.vmap(jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, axis=None)))(x, y)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-7)
 
 
 def test_without_a_spec_auto_axes_are_left_to_xla_with_one_warning():

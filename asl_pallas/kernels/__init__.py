@@ -16,6 +16,7 @@ from jax import Array
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.kernels.versions import vary_alike
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for. mosaic_gpu has no kernel yet.
 PLATFORMS: dict[str, Any] = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
@@ -71,7 +72,7 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     leading = operands.logits.shape[:-1]
     if implementation == PLAIN or operands.logits.size == 0:
         return xla.run(task, operands)
-    value, gradient = _run_matrix(task, _matrices(operands), implementation, interpret)
+    value, gradient = _run_matrix(task, vary_alike(_matrices(operands)), implementation, interpret)
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
     return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape))

@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from asl_pallas.formula import exact_reciprocal
 from asl_pallas.kernels.tile import Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TpuTiling, tpu_tiling
-from asl_pallas.kernels.versions import estimated_reciprocal
+from asl_pallas.kernels.versions import estimated_reciprocal, result_like
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -57,12 +57,12 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
 
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
     if task.value == "rows":
-        outputs["value"] = jax.ShapeDtypeStruct((1, padded_rows), jnp.float32), by_row
+        outputs["value"] = result_like(operands.logits, (1, padded_rows), jnp.float32), by_row
         scratch["sums"] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
     elif task.value == "elements":
-        outputs["value"] = jax.ShapeDtypeStruct((rows, classes), jnp.float32), block
+        outputs["value"] = result_like(operands.logits, (rows, classes), jnp.float32), block
     if task.gradient:
-        outputs["gradient"] = jax.ShapeDtypeStruct((rows, classes), operands.logits.dtype), block
+        outputs["gradient"] = result_like(operands.logits, (rows, classes), operands.logits.dtype), block
 
     kernel = functools.partial(
         _kernel,

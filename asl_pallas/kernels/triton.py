@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -17,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
+from asl_pallas.kernels.versions import result_like
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -28,11 +28,11 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     names = tuple(name for name in Operands._fields if getattr(operands, name) is not None)
     outputs = {}
     if task.value == "rows":
-        outputs["value"] = jax.ShapeDtypeStruct((rows, spans), dtype)
+        outputs["value"] = result_like(operands.logits, (rows, spans), dtype)
     elif task.value == "elements":
-        outputs["value"] = jax.ShapeDtypeStruct((rows, classes), dtype)
+        outputs["value"] = result_like(operands.logits, (rows, classes), dtype)
     if task.gradient:
-        outputs["gradient"] = jax.ShapeDtypeStruct((rows, classes), operands.logits.dtype)
+        outputs["gradient"] = result_like(operands.logits, (rows, classes), operands.logits.dtype)
 
     results = pl.pallas_call(
         functools.partial(_kernel, task, names, tuple(outputs), tiling, (rows, classes)),

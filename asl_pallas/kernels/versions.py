@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
-from jax import Array
+import jax
+from jax import Array, lax
 
 
 def estimated_reciprocal(x: Array) -> Array:
@@ -16,6 +18,26 @@ def estimated_reciprocal(x: Array) -> Array:
 
     module = pltpu if hasattr(pltpu, "reciprocal") else pl
     return module.reciprocal(x, approx=True)
+
+
+def vary_alike(operands: Any) -> Any:
+    """The operands, all varying over the union of the manual mesh axes that any of them varies over.
+
+    Inside a shard_map that checks this (check_vma, its default) a kernel's operands and results have to agree.
+    """
+    leaves = jax.tree.leaves(operands)
+    union = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in leaves))
+
+    def vary(leaf: Array) -> Array:
+        lacking = tuple(sorted(union - jax.typeof(leaf).manual_axis_type.varying))
+        return lax.pcast(leaf, lacking, to="varying") if lacking else leaf
+
+    return jax.tree.map(vary, operands)
+
+
+def result_like(operand: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """The shape of a kernel's result, which varies over the manual mesh axes that the operand does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
 
 
 @contextlib.contextmanager
