@@ -169,13 +169,17 @@ def test_ctrl_c_saves_the_step_and_the_rest_is_bit_for_bit_an_undisturbed_run(tm
 
 
 def test_an_unfinished_checkpoint_is_not_loaded_and_is_cleared_away(tmp_path):
-    store(tmp_path).keeper("BCE").save(Arrays(1), position(3))
+    keeper = store(tmp_path).keeper("BCE")
+    keeper.save(Arrays(0), position(2))
+    keeper.save(Arrays(1), position(3))
+    shutil.rmtree(tmp_path / "2" / "session")  # killed while the old one was being deleted
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").unlink()
     shutil.copytree(tmp_path / "3", tmp_path / f"7{UNFINISHED}")
     cut = tmp_path / f"8{UNFINISHED}"
     shutil.copytree(tmp_path / "3", cut)
     shutil.rmtree(cut / "session")
     assert store(tmp_path, "--resume").keeper("BCE").restore(Arrays(2)) == position(3)
-    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
 CHILD = """

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import sys
-import threading
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -218,29 +218,43 @@ def _text_checksum(session: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(session, sort_keys=True).encode())
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong in a few words; TensorStore's messages run to pages, with the system's error at the end."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if code := re.search(r"os_error_code='(\d+)'", str(error)):
         return os.strerror(int(code[1]))
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:100]}"
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
 
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
-    """Without the tracebacks that Orbax logs, and its threads print, beside the exception that it raises."""
+    """Without the tracebacks that Orbax logs beside the exception that it raises."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.level for logger in loggers]
-    hooks = sys.unraisablehook, threading.excepthook
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
-    threading.excepthook = lambda _: None
+    if not isinstance(sys.unraisablehook, _WithoutOrbax):
+        sys.unraisablehook = _WithoutOrbax(sys.unraisablehook)
     try:
         yield
     finally:
-        sys.unraisablehook, threading.excepthook = hooks
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+class _WithoutOrbax:
+    """An unraisablehook that keeps quiet about the reads that were under way when another one failed.
+
+    They end in TensorStore's threads at some later time and find their event loop closed, so it stays for good.
+    """
+
+    def __init__(self, hook: Callable[[Any], Any]):
+        self.hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        frames = traceback.extract_tb(unraisable.exc_traceback)
+        if str(unraisable.exc_value) != "Event loop is closed" and not any("orbax" in f.filename for f in frames):
+            self.hook(unraisable)
