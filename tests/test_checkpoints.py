@@ -178,8 +178,13 @@ def test_an_unfinished_checkpoint_is_not_loaded_and_is_cleared_away(tmp_path):
     cut = tmp_path / f"8{UNFINISHED}"
     shutil.copytree(tmp_path / "3", cut)
     shutil.rmtree(cut / "session")
-    assert store(tmp_path, "--resume").keeper("BCE").restore(Arrays(2)) == position(3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    keeper = store(tmp_path, "--resume").keeper("BCE")
+    assert keeper.restore(Arrays(2)) == position(3)
+    keeper.save(Arrays(7), position(7))  # under the name that an unfinished one had
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "7"]
+    restored = Arrays(0)
+    assert store(tmp_path, "--resume").keeper("BCE").restore(restored) == position(7)
+    np.testing.assert_array_equal(restored.state["kernel"], Arrays(7).state["kernel"])
 
 
 CHILD = """

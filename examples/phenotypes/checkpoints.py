@@ -123,10 +123,9 @@ class Store:
         session["crc32"] = _text_checksum(session)
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), session=ocp.args.JsonSave(session))
         good = f"{self.directory / str(self.steps()[-1])} is the last good one" if self.steps() else "there is none yet"
-        self._orbax(
-            lambda: self.manager.save(step, args=args),
-            f"the checkpoint {self.directory / str(step)} can't be written ({good})",
-        )
+        failure = f"the checkpoint {self.directory / str(step)} can't be written ({good})"
+        if not self._orbax(lambda: self.manager.save(step, args=args), failure):
+            raise CheckpointError(f"{failure}: Orbax declined")
 
     def _open(self) -> ocp.CheckpointManager:
         keep = [checkpoint_managers.LatestN(2), checkpoint_managers.EveryNSteps(self.steps_per_run)]
@@ -135,7 +134,7 @@ class Store:
             item_names=("state", "session"),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,  # what kills have left
+                cleanup_tmp_directories=True,  # what kills have left; in the background, and a save waits for it
                 # The next step gives the arrays' buffers away, and an error has to come up here and not later.
                 enable_async_checkpointing=False,
             ),
