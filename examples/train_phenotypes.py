@@ -110,7 +110,23 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         default=HERE / "output" / "phenotypes.png",
         help="where the picture goes (examples/output/phenotypes.png)",
     )
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=pathlib.Path,
+        help="save the session there after each epoch (20 to 140 MB a checkpoint; kept are each loss's last and the "
+        "newest two)",
+    )
+    parser.add_argument("--checkpoint-every", type=whole(1), metavar="STEPS", help="save after so many steps as well")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --checkpoint-dir; without one, start from the beginning and say so",
+    )
     options = parser.parse_args(arguments)
+    if options.checkpoint_dir is None:
+        for flag, value in (("--resume", options.resume), ("--checkpoint-every", options.checkpoint_every)):
+            if value:
+                parser.error(f"{flag}: needs --checkpoint-dir")
     given = [name for name in ("gamma_neg", "gamma_pos", "clip") if getattr(options, name) is not None]
     if given and options.loss in ("bce", "focal"):
         flags = ", ".join("--" + name.replace("_", "-") for name in given)

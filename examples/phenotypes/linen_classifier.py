@@ -64,7 +64,8 @@ class LinenTrainer:
         model = Classifier(sizes)
         params = model.init(jax.random.key(seed), jnp.zeros((1, sizes.features), jnp.int32))["params"]
         params["head"]["bias"] = jnp.asarray(bias)
-        self.state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+        state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
+        self.state = state.replace(step=jnp.int32(0))  # linen's own is a Python int, which no checkpoint holds
 
     def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array:
         self.state, loss = train_step(self.state, jnp.asarray(ids), jnp.asarray(labels), dropout_key, focus)

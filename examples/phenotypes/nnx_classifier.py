@@ -1,5 +1,7 @@
 """The classifier in Flax NNX, and its train step: where the loss is called."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,15 @@ class NNXTrainer:
     def __init__(self, sizes: Sizes, bias: np.ndarray, optimizer: optax.GradientTransformation, seed: int):
         self.model = Classifier(sizes, bias, rngs=nnx.Rngs(seed))
         self.optimizer = nnx.Optimizer(self.model, optimizer, wrt=nnx.Param)
+
+    @property
+    def state(self) -> Any:
+        """Parameters and the optimizer's arrays, for a checkpoint."""
+        return nnx.state((self.model, self.optimizer))
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        nnx.update((self.model, self.optimizer), state)
 
     def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array:
         return train_step(self.model, self.optimizer, jnp.asarray(ids), jnp.asarray(labels), dropout_key, focus)

@@ -7,14 +7,14 @@ import time
 import numpy as np
 import rich.console
 
-from phenotypes import baselines, data, groups, memory, metrics, report, settings, training
+from phenotypes import baselines, checkpoints, data, groups, memory, metrics, report, settings, training
 from phenotypes.interruption import Interruption
 from phenotypes.linen_classifier import LinenTrainer
 from phenotypes.nnx_classifier import NNXTrainer
 
 
 class CannotRun(Exception):
-    """The data are missing, the options don't fit them, or training diverged; the message is for the user."""
+    """Data, options or a checkpoint can't be used, or training diverged; the message is for the user."""
 
 
 def run(options: argparse.Namespace, interruption: Interruption) -> int:
@@ -36,12 +36,17 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
 
     results = report.Results()
     make_trainer = LinenTrainer if options.linen else NNXTrainer
-    for focus in settings.to_train(options):
-        if not interruption.requested:
-            try:
-                results.runs.append(training.train(problem, plan, focus, make_trainer, interruption, console))
-            except training.DivergedError as error:
-                raise CannotRun(str(error)) from error
+    try:
+        store = None
+        if options.checkpoint_dir is not None:
+            total = options.epochs * (len(problem.split.train) // options.batch_size)
+            store = checkpoints.Store(options, problem.diseases.release, total, console)
+        for focus in settings.to_train(options):
+            if not interruption.requested:
+                keeper = None if store is None else store.keeper(f"{focus.name} {focus.numbers}")
+                results.runs.append(training.train(problem, plan, focus, make_trainer, interruption, console, keeper))
+    except (training.DivergedError, checkpoints.CheckpointError) as error:
+        raise CannotRun(str(error)) from error
     results.chosen = report.chosen_on_validation(results.runs)
 
     if interruption.requested:

@@ -1,9 +1,10 @@
 """One training run: batches, schedule, progress, and a look at the validation split after each epoch."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -64,11 +65,48 @@ class DivergedError(ArithmeticError):
 
 
 class Trainer(Protocol):
-    """NNXTrainer or LinenTrainer."""
+    """NNXTrainer or LinenTrainer; `state` is the pytree of its parameters and its optimizer's arrays."""
+
+    state: Any
 
     def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
 
     def logits(self, ids: np.ndarray) -> np.ndarray: ...
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands between two steps: all that decides the rest of it, beside the trainer's state.
+
+    Dropout's keys are folded from the seed and `steps`, so they need no field.
+
+    Attributes:
+      steps: taken so far.
+      generator: numpy's random state before the shuffle of the epoch that `steps` is in.
+      losses: of that epoch's steps so far.
+      curve: of the epochs before it.
+      seconds: spent so far.
+    """
+
+    steps: int
+    generator: dict[str, Any]
+    losses: list[float] = dataclasses.field(default_factory=list)
+    curve: list[Point] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Keeper(Protocol):
+    """Keeps a run's positions and trainer states on disk."""
+
+    def restore(self, trainer: Trainer) -> Position | None:
+        """Gives the trainer its newest saved state; None and an untouched trainer if there is none."""
+        ...
+
+    def due(self, steps: int) -> bool:
+        """Whether to save within an epoch, after so many steps."""
+        ...
+
+    def save(self, trainer: Trainer, position: Position) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,63 +153,80 @@ def train(
     make_trainer: Callable[[Sizes, np.ndarray, optax.GradientTransformation, int], Trainer],
     interruption: Interruption,
     console: rich.console.Console,
+    keeper: Keeper | None = None,
 ) -> Run:
     """Trains one classifier; the seed decides parameters, batches and dropout, so runs differ by their loss alone.
 
-    An interruption ends it after the current step, with a last look at the validation split.
+    An interruption ends it after the current step, with a last look at the validation split. A keeper is asked for an
+    earlier position to go on from, and gets one after each epoch, where it is due, and at an interruption.
 
     Raises:
       DivergedError: names the loss, the epoch and the learning rate.
     """
     steps_per_epoch = len(problem.split.train) // plan.batch_size
+    total = plan.epochs * steps_per_epoch
     rng = np.random.default_rng(plan.seed)
     key = jax.random.key(plan.seed)
     trainer = make_trainer(
         problem.sizes, plan.bias, optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed
     )
+    position = (keeper and keeper.restore(trainer)) or Position(0, dict(rng.bit_generator.state))
     watched = problem.split.validation
     watched_labels = problem.labels(watched)
     some = np.random.default_rng(0).permutation(len(watched))[:CURVE_DISEASES]
 
-    curve: list[Point] = []
-    started = time.perf_counter()
-    steps = 0
-    with _Progress(console, f"{focus.name} {focus.numbers}", plan.epochs * steps_per_epoch) as progress:
-        for _ in range(plan.epochs):
-            losses: list[float] = []
-            for ids, labels in batches(problem, plan, rng):
+    started = time.perf_counter() - position.seconds
+
+    def save() -> None:
+        if keeper:
+            position.seconds = time.perf_counter() - started
+            keeper.save(trainer, position)
+
+    with _Progress(console, f"{focus.name} {focus.numbers}", total, position.steps) as progress:
+        while position.steps < total and not interruption.requested:
+            rng.bit_generator.state = position.generator
+            losses = position.losses
+            # An epoch that was begun before is shuffled and thinned out again from its start, and its first batches
+            # aren't trained on twice.
+            for ids, labels in itertools.islice(batches(problem, plan, rng), len(losses), None):
                 if interruption.requested:
                     break
-                loss = trainer.step(ids, labels, jax.random.fold_in(key, steps), focus)
+                loss = trainer.step(ids, labels, jax.random.fold_in(key, position.steps), focus)
                 losses.append(float(loss))
-                steps += 1
+                position.steps += 1
                 progress.step(losses[-1], plan.batch_size)
-            if losses:
-                scores = trainer.logits(problem.ids[watched])
-                if not (np.isfinite(losses).all() and np.isfinite(scores).all()):
-                    raise DivergedError(
-                        f"{focus.name} {focus.numbers} diverged in epoch {steps / steps_per_epoch:g} (last loss "
-                        f"{losses[-1]:g}): try a smaller --learning-rate than {plan.learning_rate:g}"
-                    )
-                curve.append(
-                    Point(
-                        epoch=steps / steps_per_epoch,
-                        train_loss=float(np.mean(losses)),
-                        precision_at_5=metrics.precision_at(5, scores, watched_labels),
-                        micro_average_precision=metrics.micro_average_precision(scores[some], watched_labels[some]),
-                    )
-                )
-                progress.epoch(curve[-1], plan.epochs)
-            if interruption.requested:
+                if keeper and len(losses) < steps_per_epoch and keeper.due(position.steps):
+                    save()
+                    progress.pause()
+            if not losses:
                 break
-    complete = steps == plan.epochs * steps_per_epoch
-    return Run(focus, trainer, curve, complete, time.perf_counter() - started)
+            whole = len(losses) == steps_per_epoch
+            if not whole:
+                save()  # before the last look, whose point on the curve an undisturbed run wouldn't have
+            scores = trainer.logits(problem.ids[watched])
+            if not (np.isfinite(losses).all() and np.isfinite(scores).all()):
+                raise DivergedError(
+                    f"{focus.name} {focus.numbers} diverged in epoch {position.steps / steps_per_epoch:g} (last loss "
+                    f"{losses[-1]:g}): try a smaller --learning-rate than {plan.learning_rate:g}"
+                )
+            point = Point(
+                epoch=position.steps / steps_per_epoch,
+                train_loss=float(np.mean(losses)),
+                precision_at_5=metrics.precision_at(5, scores, watched_labels),
+                micro_average_precision=metrics.micro_average_precision(scores[some], watched_labels[some]),
+            )
+            position.curve.append(point)
+            progress.epoch(point, plan.epochs)
+            if whole:
+                position.losses, position.generator = [], dict(rng.bit_generator.state)
+                save()
+    return Run(focus, trainer, position.curve, position.steps == total, time.perf_counter() - started)
 
 
 class _Progress:
     """A bar with loss and rate on a terminal; a plain line an epoch elsewhere, where a bar would fill the log."""
 
-    def __init__(self, console: rich.console.Console, name: str, steps: int):
+    def __init__(self, console: rich.console.Console, name: str, steps: int, completed: int):
         self.console = console
         self.name = name
         self.examples, self.seconds, self.mark = 0, 0.0, 0.0
@@ -184,7 +239,9 @@ class _Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(f"{name:16}", total=steps, loss=float("nan"), rate=0.0, validation="")
+        self.task = self.bar.add_task(
+            f"{name:16}", total=steps, completed=completed, loss=float("nan"), rate=0.0, validation=""
+        )
 
     def __enter__(self) -> "_Progress":
         self.bar.start()
@@ -199,14 +256,17 @@ class _Progress:
 
     def step(self, loss: float, examples: int) -> None:
         now = time.perf_counter()
-        if self.mark:  # zero before an epoch's first step: neither compiling nor validating is training
+        if self.mark:  # zero after a pause: neither compiling nor validating nor saving is training
             self.seconds += now - self.mark
             self.examples += examples
         self.mark = now
         self.bar.update(self.task, advance=1, loss=loss, rate=self.rate)
 
-    def epoch(self, point: Point, epochs: int) -> None:
+    def pause(self) -> None:
         self.mark = 0.0
+
+    def epoch(self, point: Point, epochs: int) -> None:
+        self.pause()
         self.bar.update(self.task, validation=f"P@5 {point.precision_at_5:.3f}")
         if not self.console.is_terminal:
             self.console.print(
