@@ -113,8 +113,8 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint-dir",
         type=pathlib.Path,
-        help="save the session there after each epoch (20 to 140 MB a checkpoint; kept are each loss's last and the "
-        "newest two)",
+        help="save the session there after each epoch (81 MB a checkpoint at full size; kept are each loss's last and "
+        "the newest two)",
     )
     parser.add_argument("--checkpoint-every", type=whole(1), metavar="STEPS", help="save after so many steps as well")
     parser.add_argument(
