@@ -183,7 +183,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
             )
         plan = plan.plain()
     elif plan.implementation is not None:
-        reason = kernels.refusal(plan.implementation, plan.task, operands)
+        reason = kernels.refusal(plan.implementation, operands)
         if reason is not None:
             raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
     try:

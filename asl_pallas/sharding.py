@@ -90,8 +90,8 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     kinds = _kinds(layout.mesh)
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
     if AxisType.Explicit in kinds.values():
-        operands = operands._replace(**{n: _lay(o, layout, shape) for n, o in _arrays(operands).items()})
-    specs = {name: layout.spec(operand, shape) for name, operand in _arrays(operands).items()}
+        operands = operands._replace(**{n: _lay(o, layout, shape) for n, o in operands.arrays().items()})
+    specs = {name: layout.spec(operand, shape) for name, operand in operands.arrays().items()}
     class_axes = layout.axes[-1]
 
     def body(operands: Operands) -> Result:
@@ -120,10 +120,6 @@ def _lay(operand: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
     if _names(jax.typeof(operand).sharding.spec, operand.ndim) == _names(spec, operand.ndim):
         return operand
     return jax.reshard(operand, NamedSharding(layout.mesh, spec))
-
-
-def _arrays(operands: Operands) -> dict[str, Array]:
-    return {n: o for n, o in operands._asdict().items() if o is not None and n != "scalars"}
 
 
 def _kinds(mesh: Any) -> dict[str, AxisType]:

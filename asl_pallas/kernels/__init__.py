@@ -48,7 +48,7 @@ def interpreting() -> bool:
     return _interpreted.get()
 
 
-def refusal(implementation: str, task: Task, operands: Operands) -> str | None:
+def refusal(implementation: str, operands: Operands) -> str | None:
     """Why this kernel can't serve this call on its own platform, or None where it can."""
     if implementation == "xla":
         return None
@@ -85,9 +85,7 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
         return by_platform(operands, plain, cpu=streamed, default=plain)
     if implementation is None:
         kernels = {
-            PLATFORMS[name]: functools.partial(_kernel, name, task)
-            for name in LOADS
-            if refusal(name, task, operands) is None
+            PLATFORMS[name]: functools.partial(_kernel, name, task) for name in LOADS if refusal(name, operands) is None
         }
         return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
     kernel = functools.partial(_kernel, implementation, task)
@@ -110,8 +108,7 @@ def _matrices(operands: Operands) -> Operands:
             return operand.reshape(1, operand.shape[-1])
         return jnp.broadcast_to(operand, (*leading, operand.shape[-1])).reshape(rows, operand.shape[-1])
 
-    arrays = {n: matrix(o) for n, o in operands._asdict().items() if o is not None and n != "scalars"}
-    return operands._replace(**arrays)
+    return operands._replace(**{name: matrix(array) for name, array in operands.arrays().items()})
 
 
 def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:

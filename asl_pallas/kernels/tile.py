@@ -38,6 +38,10 @@ class Operands(NamedTuple):
     cotangent: Array | None = None
     scalars: Array | None = None
 
+    def arrays(self) -> dict[str, Array]:
+        """By name, what a tile has a part of: all that the call has, but for the scalars."""
+        return {name: array for name, array in self._asdict().items() if array is not None and name != "scalars"}
+
 
 class Result(NamedTuple):
     """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype.

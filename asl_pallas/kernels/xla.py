@@ -45,7 +45,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         # row's sum must not count it again.
         row = jnp.minimum(i * tiling.rows, rows - tiling.rows)
         column = jnp.minimum(j * tiling.classes, classes - tiling.classes)
-        tile = {n: at(o, row, column) for n, o in operands._asdict().items() if o is not None and n != "scalars"}
+        tile = {name: at(array, row, column) for name, array in operands.arrays().items()}
         value, gradient = bound.evaluate(Operands(**tile))
         if task.gradient:
             gradient = gradient.astype(operands.logits.dtype)
