@@ -23,7 +23,7 @@ _TPU_BLOCK_BYTES = 6 * 2**20
 # One group of rows is whole in every packing: 8 rows of 32 bits, 16 of 16, 32 of 8.
 _TPU_GROUP = 32
 _TPU_CLASSES = 2048
-_CPU_ELEMENTS = 24 * 1024
+_CPU_ELEMENTS = 64 * 1024
 _TRITON_ELEMENTS = 1024
 _TRITON_WARPS = 4
 # 132 multiprocessors of an H100 with eight programs each.

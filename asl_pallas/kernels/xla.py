@@ -1,15 +1,14 @@
-"""Plain jnp: in one expression where XLA fuses it, streamed over blocks on the CPU, where it does not."""
+"""Plain jnp: in one expression where XLA fuses it, and taken apart into what it does fuse on the CPU."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from asl_pallas.kernels.tile import Operands, Result, Task
-from asl_pallas.kernels.tiling import cpu_tiling
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 
 
 def run(task: Task, operands: Operands) -> Result:
@@ -23,16 +22,25 @@ def run(task: Task, operands: Operands) -> Result:
 
 
 def run_streamed(task: Task, operands: Operands) -> Result:
-    """Block by block, so that everything between the logits and the result stays in the processor's cache.
+    """The same for the CPU, without an array of the logits' size beside the operands and the result.
 
-    XLA's CPU backend splits an expression with two outputs into several loops with arrays of the logits' size between
-    them; a loop over blocks has them of a block's size.
+    XLA's CPU backend makes one vectorised loop on all cores of an expression with one result. Of one with two, or with
+    a sum at its end, it makes several loops with arrays between them. So the gradient is an expression of its own, and
+    the value comes block by block, with the block in the cache. That exp and log are computed twice costs less than the
+    memory would.
     """
-    rows, classes = operands.logits.shape
-    tiling = cpu_tiling(rows, classes)
-    bound = task.bind(operands.scalars)
-    if (tiling.rows, tiling.classes) == (rows, classes):
+    tiling = cpu_tiling(*operands.logits.shape)
+    whole = (tiling.rows, tiling.classes) == operands.logits.shape
+    if whole or (task.value != "rows" and not (task.value and task.gradient)):
         return run(task, operands)
+    gradient = run(dataclasses.replace(task, value=None), operands).gradient if task.gradient else None
+    return Result(_value(dataclasses.replace(task, gradient=False), operands, tiling), gradient)
+
+
+def _value(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
+    """Losses of elements or their sums over the classes, block by block."""
+    rows, classes = operands.logits.shape
+    losses = dataclasses.replace(task.bind(operands.scalars), value="elements")
 
     def at(operand: Array, row: Array, column: Array) -> Array:
         """The block's part of an operand that may be constant along either dimension."""
@@ -40,31 +48,32 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         size = tuple(min(n, m) for n, m in zip(operand.shape, (tiling.rows, tiling.classes), strict=True))
         return lax.dynamic_slice(operand, start, size)
 
-    def block(i: Array, j: Array, result: Result) -> Result:
-        # The last block starts early enough to be whole. What it computes twice comes out the same twice; only a
-        # row's sum must not count it again.
+    def block(i: Array, j: Array, result: Array) -> Array:
+        # The last block starts early enough to be whole. What it computes twice comes out the same twice; only a row's
+        # sum must not count it again.
         row = jnp.minimum(i * tiling.rows, rows - tiling.rows)
         column = jnp.minimum(j * tiling.classes, classes - tiling.classes)
-        tile = {name: at(array, row, column) for name, array in operands.arrays().items()}
-        value, gradient = bound.evaluate(Operands(**tile))
-        if task.gradient:
-            gradient = gradient.astype(operands.logits.dtype)
-            gradient = lax.dynamic_update_slice(result.gradient, gradient, (row, column))
+        # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
+        arrays, row = lax.optimization_barrier((operands.arrays(), row))
+        tile = Operands(**{name: at(array, row, column) for name, array in arrays.items()})
+        value = losses.evaluate(tile).value
         if task.value == "elements":
-            value = lax.dynamic_update_slice(result.value, value, (row, column))
-        if task.value == "rows":
-            if classes % tiling.classes:
-                fresh = lax.broadcasted_iota(jnp.int32, value.shape, 1) + column >= j * tiling.classes
-                value = jnp.where(fresh, value, 0.0)
-            before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result.value, (row,), (tiling.rows,)))
-            value = lax.dynamic_update_slice(result.value, before + jnp.sum(value, axis=1), (row,))
-        return Result(value, gradient)
+            return lax.dynamic_update_slice(result, value, (row, column))
+        if classes % tiling.classes:
+            fresh = lax.broadcasted_iota(jnp.int32, value.shape, 1) + column >= j * tiling.classes
+            value = jnp.where(fresh, value, 0.0)
+        # As a product, since a sum over the last dimension would be neither vectorised nor shared by the cores.
+        ones = jnp.ones(tiling.classes, value.dtype)
+        added = jnp.dot(value, ones, precision=lax.Precision.HIGHEST)
+        before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result, (row,), (tiling.rows,)))
+        return lax.dynamic_update_slice(result, before + added, (row,))
 
-    n_rows, n_columns = -(-rows // tiling.rows), -(-classes // tiling.classes)
-    like = jax.eval_shape(functools.partial(run, task), operands)
-    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-    if n_columns == 1:
-        return lax.fori_loop(0, n_rows, lambda i, r: block(i, jnp.zeros_like(i), r), start)
-    return lax.fori_loop(
-        0, n_rows, lambda i, result: lax.fori_loop(0, n_columns, lambda j, r: block(i, j, r), result), start
-    )
+    def blocks_of_rows(i: Array, result: Array) -> Array:
+        columns = -(-classes // tiling.classes)
+        if columns == 1:
+            return block(i, jnp.zeros_like(i), result)
+        return lax.fori_loop(0, columns, lambda j, result: block(i, j, result), result)
+
+    dtype = compute_dtype(operands.logits.dtype)
+    start = jnp.zeros((rows, classes) if task.value == "elements" else (rows,), dtype)
+    return lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
