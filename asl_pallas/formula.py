@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -19,30 +20,57 @@ from jax import Array, lax
 Scalar = Any
 TRACED = None
 
-# Beyond this logit the probability of the right answer is 0 even in float64 (exp(-746) underflows).
-_SATURATED = 1000.0
+# By the size of a float: what exp takes without leaving the normal numbers, nor its reciprocal.
+# A probability beyond it counts as the one there, 2e-35 in float32.
+_LIMIT = {4: 80.0, 8: 700.0}
 # Powers up to this one are chains of multiplications.
 _LARGEST_CHAIN = 16
 
 
-# How the chip divides: 1 / z for z in [1e-6, 2]. A kernel passes its own where the exact one costs too much.
-Reciprocal = Callable[[Array], Array]
+@jax.custom_jvp
+def _quotient(n: Array, d: Array) -> Array:
+    return n / d
 
 
-def exact_reciprocal(z: Array) -> Array:
-    return 1.0 / z
+@_quotient.defjvp
+def _quotient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """In this order: autodiff's own has d^-2, which is infinite where the derivative isn't."""
+    d = primals[1]
+    q = _quotient(*primals)
+    return q, _quotient(tangents[0] - q * tangents[1], d)
+
+
+def _reciprocal(z: Array) -> Array:
+    return _quotient(jnp.ones_like(z), z)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """What chips do at different costs. A kernel passes its own; a NaN has to come through as one.
+
+    Attributes:
+      log, reciprocal: of numbers between 1e-35 and 1e35. The logarithm alone need not keep a NaN.
+      at_least, at_most: the larger, or smaller, of an array and a bound. By selects: as one instruction max and min
+        drop a NaN on a GPU, and jnp's, which keep it, are five on a CPU.
+    """
+
+    log: Callable[[Array], Array] = jnp.log
+    reciprocal: Callable[[Array], Array] = _reciprocal
+    at_least: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
+    at_most: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
+
+
+EXACT = Arithmetic()
 
 
 class Formula(Protocol):
     """What a kernel asks of a loss. `positive` is a bool array like `logit`, or a Python bool for one side only."""
 
-    def value(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal) -> Array: ...
+    def value(self, logit: Array, positive: Array | bool, chip: Arithmetic) -> Array: ...
 
-    def gradient(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal) -> Array: ...
+    def gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic) -> Array: ...
 
-    def value_and_gradient(
-        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal
-    ) -> tuple[Array, Array]: ...
+    def value_and_gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]: ...
 
     def traced(self) -> tuple[str, ...]: ...
 
@@ -62,11 +90,11 @@ class AsymmetricLoss:
     margin c (0 for a positive, clip for a negative):
 
         w = sigmoid(u),  m = max(w - c, 0),  L = m^g * -log(1 - m)
-        dL/du = w * [m^g * (1 - w) / (1 - m) + g * m^(g - 1) * (1 - w) * -log(1 - m)],  0 where w <= c
+        dL/du = w * (1 - w) * [m^g / (1 - m) + g * m^(g - 1) * -log(1 - m)],  0 where w <= c
 
-    Nothing is clamped: a positive at x = -1e4 has the loss 1e4 and the slope -1. Loss and slope are finite wherever the
-    mathematics is, for infinite logits too, and NaN for a NaN: m carries it, by a select, since max and min drop a NaN
-    on a GPU. All selects are taken so that the derivative of the slope, by autodiff, is right at x = 0 as well.
+    w and 1 - w come from one exponential, each to its own relative precision. Nothing is cut off: a positive at
+    x = -1e4 has the loss 1e4 and the slope -1. Loss and slope are finite wherever the mathematics is, for infinite
+    logits too, and NaN for a NaN. The slope's own derivative, by autodiff, is right.
 
     Attributes:
       gamma_neg, gamma_pos: focusing exponents, >= 0.
@@ -79,16 +107,14 @@ class AsymmetricLoss:
     clip: Scalar = 0.05
     stop_focus_gradient: bool = False
 
-    def value(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal) -> Array:
-        return self._evaluate(logit, positive, reciprocal, gradient=False)[0]
+    def value(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> Array:
+        return self._evaluate(logit, positive, chip, gradient=False)[0]
 
-    def gradient(self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal) -> Array:
-        return self._evaluate(logit, positive, reciprocal, gradient=True)[1]
+    def gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> Array:
+        return self._evaluate(logit, positive, chip, gradient=True)[1]
 
-    def value_and_gradient(
-        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal = exact_reciprocal
-    ) -> tuple[Array, Array]:
-        return self._evaluate(logit, positive, reciprocal, gradient=True)
+    def value_and_gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> tuple[Array, Array]:
+        return self._evaluate(logit, positive, chip, gradient=True)
 
     def traced(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that `bind` has to fill in, in its order."""
@@ -97,47 +123,46 @@ class AsymmetricLoss:
     def bind(self, scalars: tuple[Scalar, ...]) -> AsymmetricLoss:
         return dataclasses.replace(self, **dict(zip(self.traced(), scalars, strict=True)))
 
-    def _evaluate(
-        self, logit: Array, positive: Array | bool, reciprocal: Reciprocal, gradient: bool
-    ) -> tuple[Array, Array]:
+    def _evaluate(self, logit: Array, positive: Array | bool, chip: Arithmetic, gradient: bool) -> tuple[Array, Array]:
         sign = _select(positive, -1.0, 1.0, logit.dtype)
         u = logit * sign
-        wrong, right, a, t, above = _sigmoid(u, reciprocal)
+        limit = _LIMIT[logit.dtype.itemsize]
+        e = jnp.exp(chip.at_most(chip.at_least(u, -limit), limit))
+        right = chip.reciprocal(1.0 + e)
+        wrong = e * right
 
-        # -log(1 - m): for a positive softplus(u), from u itself, since 1 - w underflows; for a negative with a margin
-        # from (1 - w) + clip, which is at least clip. One logarithm serves both; where nothing else makes easy elements
-        # negligible, a second, log1p, keeps their small losses exact: thousands of them add up.
-        # share = (1 - w) / (1 - m).
-        if self._has_margin:
-            margin = _select(positive, 0.0, self.clip, u.dtype)
-            m = jnp.where(wrong <= margin, 0.0, wrong - margin)
-            rest = jnp.minimum(right + margin, 1.0)  # rounding could take it past 1, and the loss below 0
-            softplus = positive if _is_static(self.clip) else jnp.logical_or(positive, margin == 0.0)
-            z = _select(softplus, t, rest)
-            log = jnp.log(z)
-            if not self._is_focused:
-                easy = softplus if softplus is True else jnp.logical_or(softplus, m < 0.5)
-                log = _select(easy, jnp.log1p(_select(easy, _select(softplus, a, -m), 0.0)), log)
-            flip = sign if _is_static(self.clip) else _select(softplus, -1.0, 1.0, u.dtype)
-            loss = _select(_and(softplus, above), u, 0.0) - flip * log
-            share = _select(softplus, 1.0, right * reciprocal(z)) if gradient else 1.0
+        # 1 - m as (1 - w) + c, without cancellation, and its logarithm. Rounding can take 1 - m past 1.
+        if self._has_margin and positive is not True:
+            margin = _select(positive, 0.0, self.clip, logit.dtype)
+            m = chip.at_least(wrong - margin, 0.0)
+            rest = right + margin
+            over = chip.reciprocal(rest) if gradient else None
         else:
-            m = wrong
-            loss = jnp.where(above, u, 0.0) + (jnp.log(t) if self._is_focused else jnp.log1p(a))
-            share = 1.0
+            margin, m, rest, over = 0.0, wrong, right, None
+        if self._is_focused:
+            log = -chip.log(rest) if over is None else chip.log(over)
+        else:
+            # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
+            log = -jnp.log(rest)
+            log = jnp.where(m < 0.5, -jnp.log1p(-chip.at_most(m, 0.5)), log)
+        log = chip.at_least(log, 0.0)
+        # Beyond the limit a loss without a margin goes on as a straight line; below it the line is lower.
+        if _is_static(self.clip):
+            line = u if not self._has_margin else _select(positive, u, 0.0)
+        else:
+            line = _select(margin == 0.0, u, 0.0)
+        loss = chip.at_least(log, line)
 
-        # slope = gamma * m^(gamma - 1); focus = m^gamma.
-        slope, focus = self._focus(m, positive)
+        focus = self._power(m, positive)
         if self.stop_focus_gradient:
             focus = lax.stop_gradient(focus) if isinstance(focus, Array) else focus
         value = focus * loss
         if not gradient:
             return value, value
-        du = focus * share
-        if not self.stop_focus_gradient:
-            # The bound keeps inf * 0 out; where it bites, right is 0.
-            du = du + slope * (jnp.minimum(loss, _SATURATED) * right)
-        return value, wrong * du * sign
+        slope = 0.0 if self.stop_focus_gradient else self._power(m, positive, derived=True)
+        if over is None:
+            return value, wrong * (focus + slope * (log * right)) * sign
+        return value, wrong * (right * (focus * over + slope * log)) * sign
 
     @property
     def _has_margin(self) -> bool:
@@ -148,35 +173,25 @@ class AsymmetricLoss:
         """Both sides have a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
         return all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
 
-    def _focus(self, m: Array, positive: Array | bool) -> tuple[Array, Array]:
-        """gamma * m^(gamma - 1) and m^gamma of the element's own side."""
+    def _power(self, m: Array, positive: Array | bool, derived: bool = False) -> Array | float:
+        """m^gamma of the element's own side, 0 below the margin; or its derivative, gamma * m^(gamma - 1)."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(_is_chain(gamma) for gamma in sides):
             gamma = _select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
             inside = m > 0.0
-            power = jnp.where(inside, jnp.exp((gamma - 1.0) * jnp.log(jnp.where(inside, m, 1.0))), 0.0)
-            return gamma * power, power * m
-        of_positive, of_negative = sides
-        step: Any = jnp.where(m > 0.0, 1.0, m) if self._has_margin else 1.0  # m^0 on the active side of the margin
+            base = jnp.where(inside, m, 1.0)
+            power = jnp.where(inside, jnp.exp(gamma * jnp.log(base)), 0.0)
+            return gamma * _quotient(power, base) if derived else power
 
-        def lower(gamma: float) -> Any:  # m^(gamma - 1), unneeded where gamma is 0
-            return _power(m, gamma - 1) if gamma else 0.0
+        def power_of(gamma: float) -> Array | float:
+            if derived:
+                return gamma * _power(m, gamma - 1) if gamma else 0.0
+            if gamma == 0 and self._has_margin:
+                return jnp.where(m > 0.0, 1.0, m)  # a NaN stays one
+            return _power(m, gamma)
 
-        slope = _select(positive, of_positive * lower(of_positive), of_negative * lower(of_negative), m.dtype)
-        if of_positive and of_negative:
-            return slope, _select(positive, lower(of_positive), lower(of_negative), m.dtype) * m
-        focus = [lower(gamma) * m if gamma else step for gamma in sides]
-        return slope, _select(positive, focus[0], focus[1], m.dtype)
-
-
-def _sigmoid(u: Array, reciprocal: Reciprocal) -> tuple[Array, Array, Array, Array, Array]:
-    """sigmoid(u), sigmoid(-u), a = exp(-|u|), 1 + a, and u >= 0: no cancellation on either side."""
-    above = u >= 0.0
-    a = jnp.exp(-jnp.abs(u))  # not of min(u, -u): at a tie autodiff takes half of each, and the curvature at 0 is lost
-    t = 1.0 + a
-    r = reciprocal(t)
-    ar = a * r
-    return jnp.where(above, r, ar), jnp.where(above, ar, r), a, t, above
+        of_positive, of_negative = map(power_of, sides)
+        return _select(positive, of_positive, of_negative, m.dtype)
 
 
 def _power(m: Array, n: float) -> Array | float:
@@ -205,9 +220,3 @@ def _select(condition: Array | bool, yes: Any, no: Any, dtype: Any = None) -> An
     if _is_static(yes) and _is_static(no):
         return yes if yes == no else jnp.where(condition, jnp.asarray(yes, dtype), jnp.asarray(no, dtype))
     return jnp.where(condition, yes, no)
-
-
-def _and(left: Array | bool, right: Array) -> Array | bool:
-    if isinstance(left, bool):
-        return right if left else False
-    return jnp.logical_and(left, right)

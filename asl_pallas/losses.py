@@ -34,6 +34,7 @@ def asymmetric_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     stop_focus_gradient: bool = False,
+    donate_logits: bool = False,
     logits_spec: PartitionSpec | None = None,
     implementation: str | None = None,
 ) -> Array:
@@ -45,7 +46,7 @@ def asymmetric_loss(
 
     times its weight. (0, 0, 0) for gamma_neg, gamma_pos and clip is sigmoid binary cross-entropy, (g, g, 0) is focal
     loss. When the call is differentiated, loss and gradient come from one pass over the logits, by a Pallas kernel on
-    TPU and GPU and by jnp streamed over blocks on the CPU; no intermediate of the logits' size is made.
+    TPU and GPU and by jnp on the CPU; no intermediate of the logits' size is made.
 
     Args:
       logits: (..., classes), float32, bfloat16, float16 or float64. Arithmetic is in float32, in float64 for float64.
@@ -69,6 +70,9 @@ def asymmetric_loss(
       label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2.
       stop_focus_gradient: the focusing factors (1 - p)^gamma_pos and p_m^gamma_neg count as constants in the gradient,
         the official code's disable_torch_grad_focal_loss.
+      donate_logits: the gradient may take the logits' place in memory, as with jax.jit's donated arguments: in a train
+        step that makes the logits and has no other use for them, this saves their size. Elsewhere it is safe and slow,
+        since XLA copies them first. For the kernels; XLA itself needs no telling.
       logits_spec: how the logits lie on mesh axes that are Auto, where JAX can't see it; without it the formula is left
         to XLA there, with a warning. Explicit axes need none, and without a mesh it has no meaning.
       implementation: None picks by the platform that the computation is lowered for, and falls back to "xla". By name:
@@ -105,6 +109,7 @@ def asymmetric_loss(
         label_smoothing=arguments.check_label_smoothing(label_smoothing),
         implementation=arguments.check_implementation(implementation),
         interpret=kernels.interpreting(),
+        donate_logits=arguments.check_flag("donate_logits", donate_logits),
         logits_spec=arguments.check_logits_spec(logits_spec, x.ndim),
     )
     arrays = _Arrays(
@@ -139,6 +144,7 @@ class _Call:
     label_smoothing: float
     implementation: str | None
     interpret: bool
+    donate_logits: bool
     logits_spec: PartitionSpec | None
 
 
@@ -169,6 +175,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
             gradient=False,
             ignore_label=call.ignore_label,
             label_smoothing=call.label_smoothing,
+            donate_logits=call.donate_logits,
         ),
         implementation=call.implementation,
         interpret=call.interpret,

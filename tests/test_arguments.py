@@ -28,6 +28,7 @@ LEVELS: dict[str, list[Any]] = {
     "labels": ["int8", "bool", "float32", "int8 with -1", "int32 with 7"],
     "label_smoothing": [0.0, 0.2],
     "stop_focus_gradient": [False, True],
+    "donate_logits": [False, True],
     "logits": ["float32", "bfloat16"],
 }
 HYPER = {
@@ -77,7 +78,7 @@ def assert_row(row: dict[str, Any], implementation: str) -> None:
     shapes = {"full": SHAPE, "classes": SHAPE[-1:], "rows": (*SHAPE[:-1], 1), "scalar": ()}
     traced, options = HYPER[row["hyper"]]
     options = {**options, "axis": row["axis"]}
-    for name in ("label_smoothing", "stop_focus_gradient"):
+    for name in ("label_smoothing", "stop_focus_gradient", "donate_logits"):
         if row[name]:
             options[name] = row[name]
     for name in ("weights", "pos_weight"):
@@ -415,6 +416,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         TypeError,
         ["stop_focus_gradient", "'no'"],
     ),
+    ("donate_logits as a number", {"donate_logits": 1}, TypeError, ["donate_logits", "1"]),
     ("stop_focus_gradient None", {"stop_focus_gradient": None}, TypeError, ["stop_focus_gradient", "None"]),
 ]
 NOT_FOR_JAX = [

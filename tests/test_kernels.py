@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import GAMMAS_AND_CLIP
 
 from asl_pallas import asymmetric_loss, kernels
-from asl_pallas.formula import AsymmetricLoss
+from asl_pallas.formula import TRACED, AsymmetricLoss
 from asl_pallas.kernels import mosaic_tpu, triton, xla
+from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, cpu_tiling, tpu_tiling, triton_tiling
@@ -129,14 +131,56 @@ def test_streamed_is_the_whole_expression_over_every_edge(shape):
     for value in ("rows", "elements"):
         task = Task(AsymmetricLoss(), value, True)
         whole, streamed = (jax.jit(lambda o, f=f, t=task: f(t, o))(operands) for f in (xla.run, xla.run_streamed))
-        np.testing.assert_allclose(streamed.value, whole.value, rtol=2e-5)
-        np.testing.assert_allclose(streamed.gradient, whole.gradient, rtol=1e-6, atol=1e-9)
+        # Beside the margin, where little is left of p - clip, two expressions may round it differently.
+        np.testing.assert_allclose(streamed.value, whole.value, rtol=2e-5, atol=1e-8)
+        np.testing.assert_allclose(streamed.gradient, whole.gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_the_cpu_keeps_its_temporaries_within_a_mebibyte():
-    x, y = jax.ShapeDtypeStruct((1024, 8192), jnp.float32), jax.ShapeDtypeStruct((1024, 8192), jnp.int8)
-    for f in (asymmetric_loss, jax.value_and_grad(lambda x, y: asymmetric_loss(x, y).sum())):
-        compiled = jax.jit(f).lower(x, y).compile()
+def test_the_logarithm_for_the_cpu_is_within_a_rounding_of_the_best():
+    z = np.concatenate([np.exp(np.linspace(-80, 80, 200_001)), np.linspace(0.3, 3, 200_001)]).astype(np.float32)
+    truth = np.log(z.astype(np.float64))
+    error = np.abs(np.asarray(jax.jit(log)(z)) - truth) / np.maximum(np.abs(truth), 1e-30)
+    assert error[truth != 0].max() < 1.2e-7 and log(jnp.float32(1)) == 0
+    assert log(jnp.asarray([2.0], jax.dtypes.bfloat16)).dtype == jnp.bfloat16  # any other dtype is jnp's own
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
+def test_a_nan_comes_through_the_streamed_form(gamma_neg, gamma_pos, clip):
+    x, y = np.zeros((100, 700), np.float32), np.zeros((100, 700), np.int8)
+    x[3, 5] = x[99, 699] = np.nan
+    y[99] = 1
+    operands = Operands(jnp.asarray(x), jnp.asarray(y))
+    scalars = jnp.array([gamma_neg, gamma_pos, clip], jnp.float32)
+    of_arrays = AsymmetricLoss(TRACED, TRACED, TRACED)
+    for formula, dynamic in ((AsymmetricLoss(gamma_neg, gamma_pos, clip), None), (of_arrays, scalars)):
+        value, gradient = xla.run_streamed(Task(formula, "rows", True), operands._replace(scalars=dynamic))
+        assert np.flatnonzero(np.isnan(value)).tolist() == [3, 99]
+        assert np.argwhere(np.isnan(gradient)).tolist() == [[3, 5], [99, 699]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"logits": "bfloat16"}, {"logits": "float16"}, {"labels": "float32"}, {"labels": "bool"}),
+        *({"gamma_neg": 0.5}, {"gamma_neg": 0.0, "gamma_pos": 0.0, "clip": 0.0}, {"stop_focus_gradient": True}),
+        *({"ignore_label": -1}, {"label_smoothing": 0.1}, {"axis": None}),
+        *({"where": ((1024, 8192), "bool")}, {"weights": ((1024, 1), "float32")}, {"pos_weight": ((8192,), "float32")}),
+        {"gamma_neg": ((), "float32"), "clip": ((), "float32")},
+    ],
+    ids=str,
+)
+def test_the_cpu_keeps_its_temporaries_within_a_mebibyte(options):
+    options = dict(options)
+    x = jax.ShapeDtypeStruct((1024, 8192), options.pop("logits", "float32"))
+    y = jax.ShapeDtypeStruct((1024, 8192), options.pop("labels", "int8"))
+    arrays = {name: jax.ShapeDtypeStruct(*value) for name, value in options.items() if isinstance(value, tuple)}
+    static = {name: value for name, value in options.items() if name not in arrays}
+
+    def loss(x: Any, y: Any, arrays: dict[str, Any]) -> Any:
+        return asymmetric_loss(x, y, **arrays, **static)
+
+    for f in (loss, jax.value_and_grad(lambda *a: loss(*a).sum())):
+        compiled = jax.jit(f).lower(x, y, arrays).compile()
         assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
 
 

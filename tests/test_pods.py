@@ -115,7 +115,7 @@ def train_step(loss: Any, mesh: jax.sharding.Mesh) -> Any:
 def test_a_flax_train_step_moves_nothing_more_than_with_the_loss_in_jnp(topology):
     mesh = mesh_of(topology, AxisType.Auto)
     spec = P("data", "model")
-    ours = train_step(functools.partial(asymmetric_loss, logits_spec=spec), mesh)
+    ours = train_step(functools.partial(asymmetric_loss, logits_spec=spec, donate_logits=True), mesh)
     theirs = train_step(lambda x, y: autodiff.official(x, y).sum(-1), mesh)
     assert "tpu_custom_call" in ours.as_text()
     assert "tpu_custom_call" not in theirs.as_text()
@@ -124,8 +124,8 @@ def test_a_flax_train_step_moves_nothing_more_than_with_the_loss_in_jnp(topology
         assert moved <= as_jnp, f"the loss adds {name} of {moved - as_jnp} bytes"
     moved, as_jnp = (sum(size for n, size in targets.collectives(c) if n == "all-reduce") for c in (ours, theirs))
     assert moved <= as_jnp + 4 * 64 + 8  # one value an example of the shard, and a scalar
-    # At most the gradient's shard more: XLA can write it over the logits' where no kernel stands between (seen on v5p:
-    # 2.6 MiB where jnp has 2.3).
     temporaries, as_jnp = (c.memory_analysis().temp_size_in_bytes for c in (ours, theirs))
+    # With jax 0.10.2 only the losses and cotangents of the shard's 64 examples, in whole vectors, come on top. 0.12
+    # needs 0.34 MiB more on v5p (4.24 where jnp has 3.90) and less than jnp elsewhere.
     shard = 2 * 64 * CLASSES // mesh.shape["model"]
-    assert temporaries <= as_jnp + shard + 2**19
+    assert temporaries <= as_jnp + (4096 if jax.__version_info__ < (0, 11) else 3 * shard)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from asl_pallas.formula import exact_reciprocal
+from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.tile import Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TpuTiling, tpu_tiling
 from asl_pallas.kernels.versions import estimated_reciprocal, result_like
@@ -73,7 +73,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         tuple(outputs),
         tuple(scratch),
         # Interpret mode has the estimate in bfloat16, too coarse for one Newton step.
-        exact_reciprocal if interpret else _newton_reciprocal,
+        EXACT if interpret else _CHIP,
     )
     arrays: list[Any] = [array for array, _ in inputs.values()]
     shapes: list[Any] = [shape for shape, _ in outputs.values()]
@@ -93,6 +93,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             transcendentals=4 * rows * classes,
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arrays, *shapes)),
         ),
+        # Safe in one pass: a block is read before its own gradient is written, and no block is read twice.
+        input_output_aliases={0: list(outputs).index("gradient")} if task.gradient and task.donate_logits else {},
         interpret=interpret,
         name="asl_pallas_" + "_and_".join(outputs),
     )(*arrays)
@@ -108,14 +110,16 @@ def _newton_reciprocal(z: Array) -> Array:
     return estimate * (2.0 - z * estimate)
 
 
+# The vector unit's max and min keep a NaN.
+_CHIP = Arithmetic(reciprocal=_newton_reciprocal, at_least=jnp.maximum, at_most=jnp.minimum)
+
+
 def _quotient(n: Array, k: int) -> Array:
     """n // k for n >= 0. The operator asks for a sign, whose lowering asks which chip this process has."""
     return lax.div(n, jnp.int32(k))
 
 
-def _kernel(
-    task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, reciprocal, *refs
-):
+def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, chip, *refs):
     """One block. The refs are the inputs, the outputs and the scratch, in the order of their names."""
     inputs = dict(zip(names, refs, strict=False))
     outputs = dict(zip(output_names, refs[len(names) :], strict=False))
@@ -153,7 +157,7 @@ def _kernel(
         """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
         at = pl.ds(pl.multiple_of(g * group, group), group), pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
         tile = Operands(**{name: load(name, *at) for name in inputs})
-        value, gradient = task.evaluate(tile, valid, reciprocal)
+        value, gradient = task.evaluate(tile, valid, chip)
         if "gradient" in outputs:
             outputs["gradient"][at] = gradient.astype(outputs["gradient"].dtype)
         if task.value == "elements":

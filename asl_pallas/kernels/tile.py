@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.formula import Formula, Reciprocal, exact_reciprocal
+from asl_pallas.formula import EXACT, Arithmetic, Formula
 
 Side = Callable[[Array | bool], "Result"]
 
@@ -62,18 +62,24 @@ class Task:
     gradient: bool
     ignore_label: int | None = None
     label_smoothing: float = 0.0
+    donate_logits: bool = False  # the gradient may be written over them
 
     def bind(self, scalars: Any) -> Task:
         """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
         return self if scalars is None else dataclasses.replace(self, formula=self.formula.bind(tuple(scalars)))
 
-    def evaluate(self, tile: Operands, valid: Array | None = None, reciprocal: Reciprocal = exact_reciprocal) -> Result:
+    def evaluate(
+        self,
+        tile: Operands,
+        valid: Array | None = None,
+        chip: Arithmetic = EXACT,
+    ) -> Result:
         """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
 
         Args:
           tile: operands of one tile, each broadcastable to the logits' tile.
           valid: False for what lies beyond the array's edge.
-          reciprocal: how the chip divides.
+          chip: its way of doing the arithmetic.
         """
         dtype = compute_dtype(tile.logits.dtype)
         x = tile.logits.astype(dtype)
@@ -91,10 +97,10 @@ class Task:
 
         def side(positive: Array | bool) -> Result:
             if not self.gradient:
-                return Result(self.formula.value(x, positive, reciprocal), None)
+                return Result(self.formula.value(x, positive, chip), None)
             if self.value is None:
-                return Result(None, self.formula.gradient(x, positive, reciprocal))
-            return Result(*self.formula.value_and_gradient(x, positive, reciprocal))
+                return Result(None, self.formula.gradient(x, positive, chip))
+            return Result(*self.formula.value_and_gradient(x, positive, chip))
 
         if jnp.issubdtype(labels.dtype, jnp.floating) or self.label_smoothing:
             value, gradient = self._soft(side, labels, tile.pos_weight)

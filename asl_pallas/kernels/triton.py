@@ -39,6 +39,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=list(outputs.values()),
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+        # Safe in one pass: an element is read before its own gradient is written, and by nobody else.
+        input_output_aliases={0: list(outputs).index("gradient")} if task.gradient and task.donate_logits else {},
         interpret=interpret,
         name="asl_pallas_" + "_and_".join(outputs),
     )(*(getattr(operands, name) for name in names))

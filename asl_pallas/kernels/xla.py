@@ -7,13 +7,17 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from asl_pallas.formula import EXACT, Arithmetic
+from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 
+CPU = Arithmetic(log=log)
 
-def run(task: Task, operands: Operands) -> Result:
+
+def run(task: Task, operands: Operands, chip: Arithmetic = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
-    value, gradient = task.bind(operands.scalars).evaluate(operands)
+    value, gradient = task.bind(operands.scalars).evaluate(operands, chip=chip)
     if task.value == "rows":
         value = jnp.sum(value, axis=-1)
     if task.gradient:
@@ -32,8 +36,8 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     tiling = cpu_tiling(*operands.logits.shape)
     whole = (tiling.rows, tiling.classes) == operands.logits.shape
     if whole or (task.value != "rows" and not (task.value and task.gradient)):
-        return run(task, operands)
-    gradient = run(dataclasses.replace(task, value=None), operands).gradient if task.gradient else None
+        return run(task, operands, CPU)
+    gradient = run(dataclasses.replace(task, value=None), operands, CPU).gradient if task.gradient else None
     return Result(_value(dataclasses.replace(task, gradient=False), operands, tiling), gradient)
 
 
@@ -56,7 +60,7 @@ def _value(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands.arrays(), row))
         tile = Operands(**{name: at(array, row, column) for name, array in arrays.items()})
-        value = losses.evaluate(tile).value
+        value = losses.evaluate(tile, chip=CPU).value
         if task.value == "elements":
             return lax.dynamic_update_slice(result, value, (row, column))
         if classes % tiling.classes:
