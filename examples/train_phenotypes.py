@@ -19,6 +19,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from phenotypes import cluster_flags, launcher
 from phenotypes.interruption import Interruption
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -122,7 +123,9 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="go on from the newest checkpoint in --checkpoint-dir; without one, start from the beginning and say so",
     )
+    cluster_flags.add(parser, whole)
     options = parser.parse_args(arguments)
+    cluster_flags.check(parser, options)
     if options.checkpoint_dir is None:
         for flag, value in (("--resume", options.resume), ("--checkpoint-every", options.checkpoint_every)):
             if value:
@@ -140,6 +143,8 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = command_line()
+    if options.processes > 1 and options.coordinator is None:
+        sys.exit(launcher.run(options.processes, pathlib.Path(__file__).name))
     with Interruption() as interruption:
         # jax, flax and scikit-learn take seconds to import. This late, --help and a mistyped flag answer at once, and
         # Ctrl-C is under control before the imports begin.
