@@ -21,7 +21,7 @@ from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption, StopRequest
 from phenotypes.lifeline import Lifeline
 
-HEARTBEAT_TIMEOUT = 30  # seconds; what the lifeline doesn't notice
+HEARTBEAT_TIMEOUT = 50  # seconds; JAX's own, which come after the lifeline's
 PROGRAM = pathlib.Path(sys.argv[0]).name
 
 

@@ -13,8 +13,10 @@ from typing import IO
 
 from phenotypes.errors import EXIT_LOST
 
-GRACE = 10.0  # seconds that the others have to end by themselves when one has failed
+GRACE = 5.0  # seconds that the others have to end by themselves when one has failed
+POLL = 0.02
 SAID_LINES = 20
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def run(processes: int, program: str) -> int:
@@ -29,49 +31,48 @@ def run(processes: int, program: str) -> int:
     """
     with contextlib.ExitStack() as stack:
         said = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(processes)]
-        signals = _Signals()
-        stack.callback(signals.restore)
+        signals = stack.enter_context(_Signals())
         address = f"127.0.0.1:{_free_port()}"
         children: list[subprocess.Popen] = []
         stack.callback(_kill, children)
         for index in range(processes):
             children.append(_start(index, address, said[index]))
         ended = _wait(children, signals)
-        if signals.interrupts > 1:
-            return 128 + signal.SIGINT
-        if signals.terminated:
-            return 128 + signals.terminated
-        codes = [child.poll() for child in children]
-        if signals.interrupts and (ended is None or codes[0] == -signal.SIGINT):
-            return 128 + signal.SIGINT
-        failed = _culprit(codes, ended)
-        sys.stderr.write(_text(said[0]) if failed is None else _sentence(program, failed, codes[failed], said[failed]))
-        if failed is None:
-            return codes[0] or 0
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor, and process 0 may not have brought it back
+        if signals.terminated:
+            return 128 + signals.terminated
+        culprit = _culprit(ended)
+        if signals.interrupts and (culprit is None or ended[culprit] == -signal.SIGINT):
+            return INTERRUPTED
+        if culprit is None:
+            sys.stderr.write(_text(said[0]))
+            return ended[0]
+        sys.stderr.write(_sentence(program, culprit, ended[culprit], _text(said[culprit])))
         return 1
 
 
 class _Signals:
-    """What the terminal and others ask of the launcher. Its children are out of the terminal's reach."""
+    """What the terminal and others ask of the launcher within this context. Its children are out of their reach."""
 
     def __init__(self) -> None:
         self.interrupts = 0
         self.terminated = 0
-        self._previous = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        }
+
+    def __enter__(self) -> "_Signals":
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self.interrupts += 1
         else:
             self.terminated = number
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def _start(index: int, address: str, said: IO[str]) -> subprocess.Popen:
@@ -87,45 +88,43 @@ def _start(index: int, address: str, said: IO[str]) -> subprocess.Popen:
     )
 
 
-def _wait(children: list[subprocess.Popen], signals: _Signals) -> int | None:
-    """Until all have ended, by themselves or by force; returns which one failed first."""
+def _wait(children: list[subprocess.Popen], signals: _Signals) -> dict[int, int]:
+    """Until all have ended, by themselves or by force; the exit codes of the former, in the order of their ends."""
     passed_on = 0
-    failed, deadline = None, float("inf")
-    while any(child.poll() is None for child in children):
+    deadline = float("inf")
+    ended: dict[int, int] = {}
+    while len(ended) < len(children):
         if signals.terminated or signals.interrupts > 1 or time.monotonic() > deadline:
             break
         if signals.interrupts > passed_on:
             passed_on = signals.interrupts
             for child in children:
                 child.send_signal(signal.SIGINT)
-        if failed is None:
-            failed = next((i for i, child in enumerate(children) if _has_failed(child.poll())), None)
-            if failed is not None:
-                deadline = time.monotonic() + GRACE
-        time.sleep(0.02)
-    codes = [child.poll() for child in children]
-    _kill(children)
-    return failed if failed is not None else next((i for i, code in enumerate(codes) if _has_failed(code)), None)
+        for index, child in enumerate(children):
+            code = child.poll()
+            if code is not None and index not in ended:
+                ended[index] = code
+        if deadline == float("inf") and any(map(_has_failed, ended.values())):
+            deadline = time.monotonic() + GRACE
+        time.sleep(POLL)
+    return ended
 
 
-def _has_failed(code: int | None) -> bool:
-    return code not in (None, 0, 128 + signal.SIGINT)
+def _has_failed(code: int) -> bool:
+    return code not in (0, INTERRUPTED)
 
 
-def _culprit(codes: list[int | None], first: int | None) -> int | None:
-    """The process that failed on its own account; the others lost it, or were killed here."""
-    if first is None or codes[first] != EXIT_LOST:
-        return first
-    return next((i for i, code in enumerate(codes) if _has_failed(code) and code not in (EXIT_LOST, -9)), first)
+def _culprit(ended: dict[int, int]) -> int | None:
+    """The first process that failed on its own account, and not because it had lost another one."""
+    failed = [index for index, code in ended.items() if _has_failed(code)]
+    return next((index for index in failed if ended[index] != EXIT_LOST), failed[0] if failed else None)
 
 
-def _sentence(program: str, index: int, code: int | None, said: IO[str]) -> str:
-    text = _text(said)
-    if code in (1, EXIT_LOST) and text.startswith(f"{program}: "):
-        return text
-    code = code or 0
+def _sentence(program: str, index: int, code: int, said: str) -> str:
+    if code in (1, EXIT_LOST) and said.startswith(f"{program}: "):
+        return said
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    last = "".join(text.splitlines(keepends=True)[-SAID_LINES:])
+    last = "".join(said.splitlines(keepends=True)[-SAID_LINES:])
     return f"{program}: process {index} {how}" + (f"; the last that it said:\n{last}" if last else "\n")
 
 

@@ -38,7 +38,7 @@ def _run(options: argparse.Namespace, interruption: StopRequest) -> int:
     problem = load(options, console)
     if layout is not None:
         layout.check(options.batch_size, problem.sizes.labels)
-        console.print(f"Mesh {layout.name}: {layout.mesh.size} devices of {jax.process_count()} processes")
+        console.print(f"Mesh {layout.name}: {layout.mesh.size} devices, {jax.process_count()} processes")
     plan = training.Plan(
         epochs=options.epochs,
         batch_size=options.batch_size,
