@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from phenotypes import cluster_flags, launcher
+from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -148,13 +149,16 @@ def main() -> None:
     with Interruption() as interruption:
         # jax, flax and scikit-learn take seconds to import. This late, --help and a mistyped flag answer at once, and
         # Ctrl-C is under control before the imports begin.
-        from phenotypes import session
+        from phenotypes import cluster
 
         try:
-            code = session.run(options, interruption)
-        except session.CannotRun as error:
-            sys.exit(f"train_phenotypes.py: {error}")
-    sys.exit(code)
+            with cluster.joined(options, interruption) as stop_request:
+                from phenotypes import session
+
+                code = session.run(options, stop_request)
+        except CannotRun as error:
+            sys.exit(f"{cluster.PROGRAM}: {error}")
+    sys.exit(Interruption.EXIT_CODE if interruption.requested else code)
 
 
 if __name__ == "__main__":

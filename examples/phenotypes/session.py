@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import rich.console
 
-from phenotypes import baselines, checkpoints, cluster, data, groups, memory, metrics, report, settings, training
+from phenotypes import baselines, checkpoints, data, groups, memory, metrics, report, settings, training
 from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption, StopRequest
 from phenotypes.layout import Layout
@@ -16,18 +16,14 @@ from phenotypes.linen_classifier import LinenTrainer
 from phenotypes.nnx_classifier import NNXTrainer
 
 
-def run(options: argparse.Namespace, interruption: Interruption) -> int:
+def run(options: argparse.Namespace, interruption: StopRequest) -> int:
     """Trains and reports what the command line asks for; returns the process's exit code.
+
+    All processes of a cluster call this alike. Only the first one prints, draws and writes the picture.
 
     Raises:
       CannotRun: with a sentence that says why.
     """
-    with cluster.joined(options, interruption) as stop:
-        code = _run(options, stop)
-    return Interruption.EXIT_CODE if interruption.requested else code
-
-
-def _run(options: argparse.Namespace, interruption: StopRequest) -> int:
     started = time.perf_counter()
     first = jax.process_index() == 0
     console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120, quiet=not first)
