@@ -183,7 +183,9 @@ def small_cluster(processes, tmp_path, trainer="nnx", mesh=None, epochs=1):
     return cluster_of(processes, start)
 
 
-@pytest.mark.parametrize(("processes", "trainer", "mesh"), [(2, "nnx", None), (4, "linen", "data=2,model=2")])
+@pytest.mark.parametrize(
+    ("processes", "trainer", "mesh"), [(2, "nnx", "data=2,model=2"), (4, "linen", "data=2,model=2")]
+)
 def test_three_steps_on_several_processes_equal_one_process(tmp_path, processes, trainer, mesh):
     with small_cluster(processes, tmp_path, trainer, mesh) as started:
         for process in started:
@@ -283,11 +285,20 @@ def imports_numpy(pid):
     return "numpy" in pathlib.Path(f"/proc/{pid}/maps").read_text()
 
 
-def test_what_no_process_can_do_is_said_once(tmp_path):
-    process = script(*SIZES[:2], "--processes", 2, "--batch-size", 33, "--output", tmp_path / "a.png")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_what_cant_be_shared_out_is_said_before_anything_is_trained(tmp_path):
+    process = script(*SIZES[:2], "--mesh", "data=2", "--batch-size", 33, "--output", tmp_path / "a.png")
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "epoch" not in out
     assert said == "train_phenotypes.py: --batch-size 33 can't be shared out equally along data=2 of the mesh\n"
+
+
+def test_a_process_with_other_flags_is_named_with_the_flag(tmp_path):
+    with cluster_of(2, lambda *own: script(*SIZES, *own, "--seed", own[-1], "--output", tmp_path / "a.png")) as started:
+        for process in started:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode in (1, errors.EXIT_LOST)
+            sentence = r"--seed isn't the same for process 1 as for process 0"
+            assert re.fullmatch(rf"train_phenotypes.py: (process \d: )?{sentence}\n", said), said
 
 
 # Checkpoints
@@ -331,7 +342,7 @@ def kill_while_saving(process, other, directory, after):
 
 def test_killed_while_saving_and_resumed_two_processes_reach_the_weights_of_one(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    flags = [*SIZES, "--mesh", "data=2,model=2", "--epochs", 1, "--output", tmp_path / "a.png"]
+    flags = [*SIZES, "--mesh", "model=2", "--epochs", 1, "--output", tmp_path / "a.png"]
     flags += ["--checkpoint-every", 2, "--checkpoint-dir"]
     with cluster_of(2, lambda *own: script(*flags, killed, *own)) as (first, second):
         said = kill_while_saving(second, first, killed, after=2)
@@ -348,8 +359,8 @@ def test_killed_while_saving_and_resumed_two_processes_reach_the_weights_of_one(
         assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM) and not said, said
         outs.append(out)
     assert f"Resuming from {killed}/{whole}: BCE (0, 0, 0) after {whole} of 7 steps" in outs[0]
-    assert "Mesh data=2,model=2: 4 devices, 2 processes" in outs[0]
-    assert "Mesh data=2,model=2: 4 devices, 1 processes" in outs[1]
+    assert "Mesh data=1,model=2: 2 devices, 2 processes" in outs[0]
+    assert "Mesh data=1,model=2: 2 devices, 1 processes" in outs[1]
 
     (ours, session), (theirs, their_session) = read(killed / "7"), read(undisturbed / "7")
     for name, array in ours.items():

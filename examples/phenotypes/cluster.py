@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 
 import jax
@@ -22,6 +24,7 @@ from phenotypes.interruption import Interruption, StopRequest
 from phenotypes.lifeline import Lifeline
 
 HEARTBEAT_TIMEOUT = 50  # seconds; JAX's own, which come after the lifeline's
+_EACH_ITS_OWN = ("process_id", "coordinator", "join_timeout", "launched", "output")
 PROGRAM = pathlib.Path(sys.argv[0]).name
 
 
@@ -37,6 +40,23 @@ class SharedInterruption:
         if not self._known:
             self._known = bool(multihost_utils.process_allgather(np.array(self._own.requested)).any())
         return self._known
+
+
+def check_alike(options: argparse.Namespace, release: str) -> None:
+    """Raises CannotRun where a process was started with other flags, or has other data, than process 0.
+
+    They would draw other batches, or wait for each other forever.
+    """
+    if jax.process_count() == 1:
+        return
+    here = {name: value for name, value in vars(options).items() if name not in _EACH_ITS_OWN}
+    here |= {"checkpoint_dir": options.checkpoint_dir is not None, "release": release}
+    hashes = np.array([zlib.crc32(json.dumps(here[name]).encode()) for name in here], np.uint32)
+    everywhere = multihost_utils.process_allgather(hashes)
+    for process, place in np.argwhere(everywhere != everywhere[0]):
+        name = list(here)[place]
+        what = "the ontology's release" if name == "release" else "--" + name.replace("_", "-")
+        raise CannotRun(f"{what} isn't the same for process {process} as for process 0")
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser, whole: Callable[[int], Callable[[str], 
         type=whole(1),
         default=1,
         metavar="N",
-        help="start N processes on this machine that train together (1)",
+        help="start N processes on this machine that train together, on the CPU (1)",
     )
     group.add_argument(
         "--mesh",
@@ -63,8 +63,8 @@ def add(parser: argparse.ArgumentParser, whole: Callable[[int], Callable[[str], 
         "--coordinator",
         type=coordinator,
         metavar="HOST:PORT",
-        help="be one of the N processes of a cluster, which meet at process 0's address; every process is started by "
-        "hand, with the same flags but for --process-id",
+        help="be one of the N processes of a cluster, on any platform, which meet at this address of process 0's "
+        "machine; start every one of them yourself, with the same flags but for --process-id",
     )
     group.add_argument("--process-id", type=whole(0), metavar="I", help="which of them, from 0")
     group.add_argument(

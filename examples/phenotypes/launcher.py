@@ -80,6 +80,8 @@ def _start(index: int, address: str, said: IO[str]) -> subprocess.Popen:
     command = [sys.executable, *sys.orig_argv[1:], "--coordinator", address, "--process-id", str(index), "--launched"]
     return subprocess.Popen(
         command,
+        # Every process of a machine would otherwise take all of its accelerators.
+        env={"JAX_PLATFORMS": "cpu", **os.environ},
         stdin=subprocess.PIPE,  # never written to; it closes when the launcher goes, however it goes
         stdout=None if index == 0 else subprocess.DEVNULL,
         stderr=said,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import rich.console
 
-from phenotypes import baselines, checkpoints, data, groups, memory, metrics, report, settings, training
+from phenotypes import baselines, checkpoints, cluster, data, groups, memory, metrics, report, settings, training
 from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption, StopRequest
 from phenotypes.layout import Layout
@@ -33,6 +33,7 @@ def run(options: argparse.Namespace, interruption: StopRequest) -> int:
         options.mesh = layout.name  # as the checkpoints have it
     problem = load(options, console)
     if layout is not None:
+        cluster.check_alike(options, problem.diseases.release)
         layout.check(options.batch_size, problem.sizes.labels)
         console.print(f"Mesh {layout.name}: {layout.mesh.size} devices, {jax.process_count()} processes")
     plan = training.Plan(
