@@ -13,6 +13,12 @@ import pathlib
 import sys
 
 
+def steps(folder: pathlib.Path) -> set[int]:
+    """Of the complete checkpoints; a kill may leave one that was being written or deleted."""
+    names = (path.parent.parent.name for path in folder.glob("*/session/metadata"))
+    return {int(name) for name in names if name.isdecimal()}
+
+
 def losses(checkpoint: pathlib.Path) -> tuple[str, list[float]]:
     """A checkpoint's run, and its epochs' mean losses followed by its last epoch's steps'."""
     session = json.loads((checkpoint / "session" / "metadata").read_text())
@@ -24,8 +30,7 @@ def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: compare_sessions.py CHECKPOINT-DIR CHECKPOINT-DIR")
     first, second = map(pathlib.Path, sys.argv[1:])
-    steps = [{int(path.name) for path in folder.glob("[0-9]*") if path.name.isdecimal()} for folder in (first, second)]
-    common = sorted(steps[0] & steps[1])
+    common = sorted(steps(first) & steps(second))
     if not common:
         sys.exit(f"compare_sessions.py: {first} and {second} have no checkpoint of the same step")
     for step in common:

@@ -300,6 +300,8 @@ class _WithoutOrbax:
         self.hook = hook
 
     def __call__(self, unraisable: Any) -> None:
-        frames = traceback.extract_tb(unraisable.exc_traceback)
-        if str(unraisable.exc_value) != "Event loop is closed" and not any("orbax" in f.filename for f in frames):
+        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if hasattr(unraisable.object, "cr_code"):  # a coroutine that is collected before its first step has no frames
+            files.append(unraisable.object.cr_code.co_filename)
+        if str(unraisable.exc_value) != "Event loop is closed" and not any("orbax" in file for file in files):
             self.hook(unraisable)
