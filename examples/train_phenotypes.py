@@ -19,6 +19,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
+from phenotypes import cluster_flags, launcher
+from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -122,7 +124,9 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="go on from the newest checkpoint in --checkpoint-dir; without one, start from the beginning and say so",
     )
+    cluster_flags.add(parser, whole)
     options = parser.parse_args(arguments)
+    cluster_flags.check(parser, options)
     if options.checkpoint_dir is None:
         for flag, value in (("--resume", options.resume), ("--checkpoint-every", options.checkpoint_every)):
             if value:
@@ -140,16 +144,21 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = command_line()
+    if options.processes > 1 and options.coordinator is None:
+        sys.exit(launcher.run(options.processes, pathlib.Path(__file__).name))
     with Interruption() as interruption:
         # jax, flax and scikit-learn take seconds to import. This late, --help and a mistyped flag answer at once, and
         # Ctrl-C is under control before the imports begin.
-        from phenotypes import session
+        from phenotypes import cluster
 
         try:
-            code = session.run(options, interruption)
-        except session.CannotRun as error:
-            sys.exit(f"train_phenotypes.py: {error}")
-    sys.exit(code)
+            with cluster.joined(options, interruption) as stop_request:
+                from phenotypes import session
+
+                code = session.run(options, stop_request)
+        except CannotRun as error:
+            sys.exit(f"{cluster.PROGRAM}: {error}")
+    sys.exit(Interruption.EXIT_CODE if interruption.requested else code)
 
 
 if __name__ == "__main__":

@@ -276,13 +276,15 @@ def test_a_damaged_checkpoint_is_refused_by_name_or_loaded_right_but_never_wrong
         (["--epochs", 11], "--epochs is 11 and .* were made with 10"),
         (["--gamma-neg", 2], "--gamma-neg is 2.0 and .* were made with null"),
         (["--linen"], "--linen is true and .* were made with false"),
+        (["--mesh", "model=2"], '--mesh is "data=1,model=2" and .* were made with null'),
     ],
 )
 def test_resuming_with_other_settings_names_the_setting(tmp_path, arguments, message):
     store(tmp_path).keeper("BCE").save(Arrays(1), position(3))
     with pytest.raises(checkpoints.CheckpointError, match=f"--resume: {message}"):
         store(tmp_path, "--resume", *arguments)
-    store(tmp_path, "--resume", "--checkpoint-every", 5, "--output", tmp_path / "b.png")  # these may change
+    for may_change in (["--checkpoint-every", 5], ["--output", tmp_path / "b.png"], ["--processes", 2]):
+        store(tmp_path, "--resume", *may_change)
 
 
 def test_another_release_of_the_data_is_refused(tmp_path):

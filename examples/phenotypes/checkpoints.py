@@ -6,6 +6,10 @@ curve and its weights, and so the kept ones together are the whole session.
 
 Orbax writes a checkpoint under a temporary name and renames it when it is complete, so that a kill leaves nothing that
 could be taken for one. It doesn't notice a changed byte in an array's data (seen with 0.12.8): the checksums do.
+
+Of several processes, each writes, checks and reads its own devices' shards in the same directory, and the first one
+writes the JSON. A process that fails in this ends the others (lifeline.py), and none renames a checkpoint before all
+have written their parts of it.
 """
 
 import argparse
@@ -26,11 +30,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import rich.console
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from phenotypes.training import Point, Position, Trainer
 
-_NOT_SETTINGS = ("output", "checkpoint_dir", "checkpoint_every", "resume")  # these don't decide the weights
+# These don't decide the weights. The mesh does, in the last bits.
+_NOT_SETTINGS = (
+    *("output", "checkpoint_dir", "checkpoint_every", "resume"),
+    *("processes", "process_id", "coordinator", "join_timeout", "launched"),
+)
 
 _T = TypeVar("_T")
 
@@ -67,6 +76,7 @@ class Store:
             raise CheckpointError(f"--checkpoint-dir: {self.directory} can't be made: {error.strerror}") from error
         self.manager = self._orbax(self._open, f"--checkpoint-dir: {self.directory} can't be opened")
         newest = self.manager.latest_step()
+        self._compare_views(newest)
         if newest is None:
             if options.resume:
                 console.print(f"No checkpoint in {self.directory} yet: starting from the beginning", soft_wrap=True)
@@ -107,9 +117,11 @@ class Store:
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like), strict=True)
         )
         arrays = self._orbax(lambda: self.manager.restore(step, args=args).state, self._unreadable(step))
-        for name, checksum in _checksums(arrays).items():
-            if checksums.get(name) != checksum:
-                raise CheckpointError(f"{self._unreadable(step)}: {name} has changed since it was written")
+        for name, array in arrays.items():
+            for shard in array.addressable_shards:
+                place = _place(name, array, shard.index)
+                if checksums.get(place) != _checksum(shard.data):
+                    raise CheckpointError(f"{self._unreadable(step)}: {place} has changed since it was written")
         return arrays
 
     def save(self, step: int, run: str, arrays: dict[str, jax.Array], position: Position) -> None:
@@ -139,6 +151,16 @@ class Store:
                 enable_async_checkpointing=False,
             ),
         )
+
+    def _compare_views(self, newest: int | None) -> None:
+        if jax.process_count() > 1:
+            views = multihost_utils.process_allgather(np.int32(-1 if newest is None else newest))
+            for process in np.flatnonzero(views != views[0]):
+                here, there = ("no checkpoint" if views[i] < 0 else f"checkpoint {views[i]}" for i in (0, process))
+                raise CheckpointError(
+                    f"--checkpoint-dir: {self.directory} isn't the same for all processes: process 0 finds {here} as "
+                    f"the newest, process {process} {there}"
+                )
 
     def _compare_settings(self, saved: dict[str, Any]) -> None:
         for name in self.settings.keys() | saved.keys():
@@ -210,7 +232,31 @@ def _named(state: Any) -> dict[str, jax.Array]:
 
 
 def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    return {name: zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays.items()}
+    """Of all shards, by all processes together: each knows its own devices' bytes and every device's place."""
+    ours = {
+        _place(name, array, shard.index): _checksum(shard.data)
+        for name, array in arrays.items()
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    }
+    if jax.process_count() == 1:
+        return ours
+    indices = {name: array.sharding.devices_indices_map(array.shape).values() for name, array in arrays.items()}
+    places = sorted({_place(name, arrays[name], index) for name in arrays for index in indices[name]})
+    known = multihost_utils.process_allgather(np.array([ours.get(place, 0) for place in places], np.uint32))
+    return dict(zip(places, map(int, known.max(axis=0)), strict=True))
+
+
+def _place(name: str, array: jax.Array, index: tuple[slice, ...]) -> str:
+    """The name alone for a whole array, and name[0:256, 0:1409] for a part of one."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, array.shape, strict=True)]
+    if bounds == [(0, size) for size in array.shape]:
+        return name
+    return f"{name}[{', '.join(f'{start}:{stop}' for start, stop in bounds)}]"
+
+
+def _checksum(shard: jax.Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(shard).data)
 
 
 def _text_checksum(session: dict[str, Any]) -> int:
@@ -254,6 +300,8 @@ class _WithoutOrbax:
         self.hook = hook
 
     def __call__(self, unraisable: Any) -> None:
-        frames = traceback.extract_tb(unraisable.exc_traceback)
-        if str(unraisable.exc_value) != "Event loop is closed" and not any("orbax" in f.filename for f in frames):
+        files = [frame.filename for frame in traceback.extract_tb(unraisable.exc_traceback)]
+        if hasattr(unraisable.object, "cr_code"):  # a coroutine that is collected before its first step has no frames
+            files.append(unraisable.object.cr_code.co_filename)
+        if str(unraisable.exc_value) != "Event loop is closed" and not any("orbax" in file for file in files):
             self.hook(unraisable)

@@ -159,8 +159,15 @@ def feature_ids(diseases: Diseases, *, buckets: int, length: int) -> np.ndarray:
     return ids
 
 
-def label_matrix(positives: Sequence[np.ndarray], num_labels: int) -> np.ndarray:
-    """0/1 labels as int8 (diseases, labels), from the ids of the positives; made per batch, never for all diseases."""
+def label_matrix(positives: Sequence[np.ndarray], num_labels: int, columns: slice = slice(None)) -> np.ndarray:
+    """0/1 labels as int8 (diseases, labels), from the ids of the positives; made per batch, never for all diseases.
+
+    With `columns`, those alone: the labels that a device has.
+    """
+    first, stop, _ = columns.indices(num_labels)
+    if (first, stop) != (0, num_labels):
+        positives = [ids[(first <= ids) & (ids < stop)] - first for ids in positives]
+        num_labels = stop - first
     matrix = np.zeros((len(positives), num_labels), np.int8)
     rows = np.repeat(np.arange(len(positives)), [len(ids) for ids in positives])
     matrix[rows, np.concatenate([*positives, np.empty(0, np.int32)])] = 1

@@ -3,6 +3,14 @@
 import signal
 import sys
 from types import FrameType, TracebackType
+from typing import Protocol
+
+
+class StopRequest(Protocol):
+    """Whether the user wants the session to stop: an Interruption, or cluster.SharedInterruption."""
+
+    @property
+    def requested(self) -> bool: ...
 
 
 class Interruption:

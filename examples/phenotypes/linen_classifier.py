@@ -9,9 +9,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
+from jax.typing import ArrayLike
 
 from asl_pallas import asymmetric_loss
 from phenotypes.data import PADDING
+from phenotypes.layout import LOGITS, Layout, in_sight
 from phenotypes.settings import Focus, Sizes
 
 
@@ -32,9 +34,9 @@ class Classifier(nn.Module):
         return nn.Dense(sizes.labels, kernel_init=nn.initializers.normal(0.01), name="head")(hidden)
 
 
-@functools.partial(jax.jit, static_argnames="focus", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("focus", "layout"), donate_argnames="state")
 def train_step(
-    state: TrainState, ids: jax.Array, labels: jax.Array, dropout_key: jax.Array, focus: Focus
+    state: TrainState, ids: jax.Array, labels: jax.Array, dropout_key: jax.Array, focus: Focus, layout: Layout | None
 ) -> tuple[TrainState, jax.Array]:
     """The next state and the loss: summed over the labels, averaged over the batch."""
 
@@ -45,31 +47,47 @@ def train_step(
             gamma_neg=focus.gamma_neg,
             gamma_pos=focus.gamma_pos,
             clip=focus.clip,
+            logits_spec=None if layout is None else LOGITS,
         )
         return losses.mean()
 
     loss, gradients = jax.value_and_grad(batch_loss)(state.params)
-    return state.apply_gradients(grads=gradients), loss
+    state = state.apply_gradients(grads=gradients)
+    return state if layout is None else layout.kept(state), loss
 
 
-@jax.jit
-def _logits(state: TrainState, ids: jax.Array) -> jax.Array:
-    return state.apply_fn({"params": state.params}, ids)
+@functools.partial(jax.jit, static_argnames="layout")
+def _logits(state: TrainState, ids: jax.Array, layout: Layout | None) -> jax.Array:
+    logits = state.apply_fn({"params": state.params}, ids)
+    return logits if layout is None else layout.gathered(logits)
 
 
 class LinenTrainer:
-    """A classifier's parameters and its optimizer's state between two steps."""
+    """A classifier's parameters and its optimizer's state between two steps, on one device or laid out on a mesh."""
 
-    def __init__(self, sizes: Sizes, bias: np.ndarray, optimizer: optax.GradientTransformation, seed: int):
+    def __init__(
+        self,
+        sizes: Sizes,
+        bias: np.ndarray,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        layout: Layout | None = None,
+    ):
         model = Classifier(sizes)
         params = model.init(jax.random.key(seed), jnp.zeros((1, sizes.features), jnp.int32))["params"]
         params["head"]["bias"] = jnp.asarray(bias)
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
         self.state = state.replace(step=jnp.int32(0))  # linen's own is a Python int, which no checkpoint holds
+        self.layout = layout
+        if layout is not None:
+            self.state = layout.state(self.state)
 
-    def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array:
-        self.state, loss = train_step(self.state, jnp.asarray(ids), jnp.asarray(labels), dropout_key, focus)
+    def step(self, ids: ArrayLike, labels: ArrayLike, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+        batch = (jnp.asarray(ids), jnp.asarray(labels), dropout_key)
+        with in_sight(self.layout):
+            self.state, loss = train_step(self.state, *batch, focus, self.layout)
         return loss
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        return np.asarray(_logits(self.state, jnp.asarray(ids)))
+    def logits(self, ids: ArrayLike) -> np.ndarray:
+        with in_sight(self.layout):
+            return np.asarray(_logits(self.state, jnp.asarray(ids), self.layout))

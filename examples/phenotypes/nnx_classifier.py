@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 
 from asl_pallas import asymmetric_loss
 from phenotypes.data import PADDING
+from phenotypes.layout import LOGITS, Layout, in_sight
 from phenotypes.settings import Focus, Sizes
 
 
@@ -40,7 +42,7 @@ class Classifier(nnx.Module):
         return self.head(self.dropout(hidden, deterministic=dropout_key is None, rngs=dropout_key))
 
 
-@nnx.jit(static_argnames="focus", donate_argnames=("model", "optimizer"))
+@nnx.jit(static_argnames=("focus", "layout"), donate_argnames=("model", "optimizer"))
 def train_step(
     model: Classifier,
     optimizer: nnx.Optimizer,
@@ -48,6 +50,7 @@ def train_step(
     labels: jax.Array,
     dropout_key: jax.Array,
     focus: Focus,
+    layout: Layout | None,
 ) -> jax.Array:
     """Updates model and optimizer in place and returns the loss: summed over the labels, averaged over the batch."""
 
@@ -58,25 +61,38 @@ def train_step(
             gamma_neg=focus.gamma_neg,
             gamma_pos=focus.gamma_pos,
             clip=focus.clip,
+            logits_spec=None if layout is None else LOGITS,
         )
         return losses.mean()
 
     loss, gradients = nnx.value_and_grad(batch_loss)(model)
     optimizer.update(model, gradients)
+    if layout is not None:
+        nnx.update((model, optimizer), layout.kept(nnx.state((model, optimizer))))
     return loss
 
 
-@nnx.jit
-def _logits(model: Classifier, ids: jax.Array) -> jax.Array:
-    return model(ids)
+@nnx.jit(static_argnames="layout")
+def _logits(model: Classifier, ids: jax.Array, layout: Layout | None) -> jax.Array:
+    return model(ids) if layout is None else layout.gathered(model(ids))
 
 
 class NNXTrainer:
-    """A classifier and its optimizer between two steps."""
+    """A classifier and its optimizer between two steps, on one device or laid out on a mesh."""
 
-    def __init__(self, sizes: Sizes, bias: np.ndarray, optimizer: optax.GradientTransformation, seed: int):
+    def __init__(
+        self,
+        sizes: Sizes,
+        bias: np.ndarray,
+        optimizer: optax.GradientTransformation,
+        seed: int,
+        layout: Layout | None = None,
+    ):
         self.model = Classifier(sizes, bias, rngs=nnx.Rngs(seed))
         self.optimizer = nnx.Optimizer(self.model, optimizer, wrt=nnx.Param)
+        self.layout = layout
+        if layout is not None:
+            self.state = layout.state(self.state)
 
     @property
     def state(self) -> Any:
@@ -87,8 +103,11 @@ class NNXTrainer:
     def state(self, state: Any) -> None:
         nnx.update((self.model, self.optimizer), state)
 
-    def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array:
-        return train_step(self.model, self.optimizer, jnp.asarray(ids), jnp.asarray(labels), dropout_key, focus)
+    def step(self, ids: ArrayLike, labels: ArrayLike, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+        batch = (jnp.asarray(ids), jnp.asarray(labels), dropout_key)
+        with in_sight(self.layout):
+            return train_step(self.model, self.optimizer, *batch, focus, self.layout)
 
-    def logits(self, ids: np.ndarray) -> np.ndarray:
-        return np.asarray(_logits(self.model, jnp.asarray(ids)))
+    def logits(self, ids: ArrayLike) -> np.ndarray:
+        with in_sight(self.layout):
+            return np.asarray(_logits(self.model, jnp.asarray(ids), self.layout))

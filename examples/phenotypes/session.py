@@ -4,28 +4,38 @@ import argparse
 import sys
 import time
 
+import jax
 import numpy as np
 import rich.console
 
-from phenotypes import baselines, checkpoints, data, groups, memory, metrics, report, settings, training
-from phenotypes.interruption import Interruption
+from phenotypes import baselines, checkpoints, cluster, data, groups, memory, metrics, report, settings, training
+from phenotypes.errors import CannotRun
+from phenotypes.interruption import Interruption, StopRequest
+from phenotypes.layout import Layout
 from phenotypes.linen_classifier import LinenTrainer
 from phenotypes.nnx_classifier import NNXTrainer
 
 
-class CannotRun(Exception):
-    """Data, options or a checkpoint can't be used, or training diverged; the message is for the user."""
-
-
-def run(options: argparse.Namespace, interruption: Interruption) -> int:
+def run(options: argparse.Namespace, interruption: StopRequest) -> int:
     """Trains and reports what the command line asks for; returns the process's exit code.
+
+    All processes of a cluster call this alike. Only the first one prints, draws and writes the picture.
 
     Raises:
       CannotRun: with a sentence that says why.
     """
     started = time.perf_counter()
-    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    first = jax.process_index() == 0
+    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120, quiet=not first)
+    layout = None
+    if options.mesh is not None or options.coordinator is not None:
+        layout = Layout.of(options.mesh)
+        options.mesh = layout.name  # as the checkpoints have it
     problem = load(options, console)
+    if layout is not None:
+        cluster.check_alike(options, problem.diseases.release)
+        layout.check(options.batch_size, problem.sizes.labels)
+        console.print(f"Mesh {layout.name}: {layout.mesh.size} devices, {jax.process_count()} processes")
     plan = training.Plan(
         epochs=options.epochs,
         batch_size=options.batch_size,
@@ -44,19 +54,33 @@ def run(options: argparse.Namespace, interruption: Interruption) -> int:
         for focus in settings.to_train(options):
             if not interruption.requested:
                 keeper = None if store is None else store.keeper(f"{focus.name} {focus.numbers}")
-                results.runs.append(training.train(problem, plan, focus, make_trainer, interruption, console, keeper))
+                results.runs.append(
+                    training.train(problem, plan, focus, make_trainer, interruption, console, keeper, layout)
+                )
     except (training.DivergedError, checkpoints.CheckpointError) as error:
         raise CannotRun(str(error)) from error
     results.chosen = report.chosen_on_validation(results.runs)
 
-    if interruption.requested:
+    interrupted = interruption.requested
+    if interrupted:
         console.print("Interrupted: here is what there is so far. Ctrl-C again leaves at once.")
-    if results.has_curves():
-        compare(problem, results, options, console)
-    else:
+    # All processes take part in these, and only the first one in what takes long after them.
+    tested = [(run, run.logits(problem.ids[problem.split.test])) for run in to_test(results)]
+    if first and results.has_curves():
+        compare(problem, results, tested, options, console)
+    elif first:
         console.print("Nothing has been trained yet: no table and no picture.")
     console.print(f"{time.perf_counter() - started:.0f} s, {time.process_time():.0f} s of CPU time")
-    return Interruption.EXIT_CODE if interruption.requested else 0
+    return Interruption.EXIT_CODE if interrupted else 0
+
+
+def to_test(results: report.Results) -> list[training.Run]:
+    """The runs that meet the test groups: of the ASL settings that which validation has chosen, and the paper's."""
+    return [
+        run
+        for run in results.runs
+        if run.curve and (run.focus.name != "ASL" or run.focus == settings.ASL_DEFAULT or run is results.chosen)
+    ]
 
 
 def load(options: argparse.Namespace, console: rich.console.Console) -> training.Problem:
@@ -89,9 +113,13 @@ def load(options: argparse.Namespace, console: rich.console.Console) -> training
 
 
 def compare(
-    problem: training.Problem, results: report.Results, options: argparse.Namespace, console: rich.console.Console
+    problem: training.Problem,
+    results: report.Results,
+    tested: list[tuple[training.Run, np.ndarray]],
+    options: argparse.Namespace,
+    console: rich.console.Console,
 ) -> None:
-    """Validation table, memory, picture, and last and slowest the test table."""
+    """Validation table, memory, picture, and last and slowest the test table, of the logits in `tested`."""
     split = problem.split
     scorers = {
         "popularity": lambda queries: baselines.popularity(problem.counts, len(queries)),
@@ -113,11 +141,8 @@ def compare(
     labels = problem.labels(split.test)
     for name, scorer in scorers.items():
         results.test[name] = metrics.evaluate(scorer(split.test), labels)
-    for run in results.runs:
-        default = run.focus == settings.ASL_DEFAULT
-        if run.curve and (run.focus.name != "ASL" or default or run is results.chosen):
-            # The other ASL settings never meet the test groups: validation has chosen.
-            name = report.run_name(run, options.epochs) + (", the paper's" if default else "")
-            name += ", chosen" if results.searched and run is results.chosen else ""
-            results.test[name] = metrics.evaluate(run.trainer.logits(problem.ids[split.test]), labels)
+    for run, scores in tested:
+        name = report.run_name(run, options.epochs) + (", the paper's" if run.focus == settings.ASL_DEFAULT else "")
+        name += ", chosen" if results.searched and run is results.chosen else ""
+        results.test[name] = metrics.evaluate(scores, labels)
     report.print_test(results, len(split.test), console)

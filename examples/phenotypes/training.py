@@ -1,6 +1,7 @@
 """One training run: batches, schedule, progress, and a look at the validation split after each epoch."""
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,12 @@ import numpy as np
 import optax
 import rich.console
 import rich.progress
+from jax.typing import ArrayLike
 
 from phenotypes import data, metrics
 from phenotypes.groups import Split
-from phenotypes.interruption import Interruption
+from phenotypes.interruption import StopRequest
+from phenotypes.layout import Layout
 from phenotypes.settings import Focus, Sizes
 
 FEATURE_DROPOUT = 0.1  # share of a disease's features left out whenever it is seen in training
@@ -35,8 +38,8 @@ class Problem:
     ids: np.ndarray  # int32 (diseases, features)
     counts: np.ndarray  # of each label among the training diseases
 
-    def labels(self, indices: np.ndarray) -> np.ndarray:
-        return data.label_matrix([self.diseases.positives[i] for i in indices], len(self.diseases.labels))
+    def labels(self, indices: np.ndarray, columns: slice = slice(None)) -> np.ndarray:
+        return data.label_matrix([self.diseases.positives[i] for i in indices], len(self.diseases.labels), columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +72,9 @@ class Trainer(Protocol):
 
     state: Any
 
-    def step(self, ids: np.ndarray, labels: np.ndarray, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
+    def step(self, ids: ArrayLike, labels: ArrayLike, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
 
-    def logits(self, ids: np.ndarray) -> np.ndarray: ...
+    def logits(self, ids: ArrayLike) -> np.ndarray: ...
 
 
 @dataclasses.dataclass
@@ -118,6 +121,15 @@ class Run:
     curve: list[Point]
     complete: bool
     seconds: float
+    layout: Layout | None = None
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """Float32 (diseases, labels), whole in every process."""
+        return _logits(self.trainer, ids, self.layout)
+
+
+def _logits(trainer: Trainer, ids: np.ndarray, layout: Layout | None) -> np.ndarray:
+    return trainer.logits(ids) if layout is None else trainer.logits(layout.ids(ids))[: len(ids)]
 
 
 def optimizer(learning_rate: float, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -136,29 +148,45 @@ def optimizer(learning_rate: float, epochs: int, steps_per_epoch: int) -> optax.
     return optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
 
 
-def batches(problem: Problem, plan: Plan, rng: np.random.Generator) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One epoch: feature ids and int8 labels of shuffled full batches; the odd diseases at the end wait."""
+def batches(
+    problem: Problem, plan: Plan, rng: np.random.Generator, layout: Layout | None = None
+) -> Iterator[tuple[ArrayLike, ArrayLike]]:
+    """One epoch: feature ids and int8 labels of shuffled full batches; the odd diseases at the end wait.
+
+    On a mesh a process makes what its devices need of a batch. All draw the same numbers for the whole of it.
+    """
     order = rng.permutation(problem.split.train)
     for start in range(0, len(order) - plan.batch_size + 1, plan.batch_size):
         chosen = order[start : start + plan.batch_size]
         ids = problem.ids[chosen]
         kept = rng.random(ids.shape, np.float32) >= FEATURE_DROPOUT
-        yield np.where(kept, ids, data.PADDING), problem.labels(chosen)
+        ids = np.where(kept, ids, data.PADDING)
+        if layout is None:
+            yield ids, problem.labels(chosen)
+        else:
+            block = functools.partial(_label_block, problem, chosen)
+            yield layout.ids(ids), layout.labels(len(chosen), problem.sizes.labels, block)
+
+
+def _label_block(problem: Problem, chosen: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+    return problem.labels(chosen[rows], columns)
 
 
 def train(
     problem: Problem,
     plan: Plan,
     focus: Focus,
-    make_trainer: Callable[[Sizes, np.ndarray, optax.GradientTransformation, int], Trainer],
-    interruption: Interruption,
+    make_trainer: Callable[..., Trainer],
+    interruption: StopRequest,
     console: rich.console.Console,
     keeper: Keeper | None = None,
+    layout: Layout | None = None,
 ) -> Run:
     """Trains one classifier; the seed decides parameters, batches and dropout, so runs differ by their loss alone.
 
     An interruption ends it after the current step, with a last look at the validation split. A keeper is asked for an
-    earlier position to go on from, and gets one after each epoch, where it is due, and at an interruption.
+    earlier position to go on from, and gets one after each epoch, where it is due, and at an interruption. With a
+    layout, which make_trainer gets as its last argument, all processes of the mesh have to call this alike.
 
     Raises:
       DivergedError: names the loss, the epoch and the learning rate.
@@ -167,9 +195,8 @@ def train(
     total = plan.epochs * steps_per_epoch
     rng = np.random.default_rng(plan.seed)
     key = jax.random.key(plan.seed)
-    trainer = make_trainer(
-        problem.sizes, plan.bias, optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed
-    )
+    to_make = (problem.sizes, plan.bias, optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed)
+    trainer = make_trainer(*to_make) if layout is None else make_trainer(*to_make, layout)
     position = (keeper and keeper.restore(trainer)) or Position(0, dict(rng.bit_generator.state))
     watched = problem.split.validation
     watched_labels = problem.labels(watched)
@@ -188,10 +215,11 @@ def train(
             losses = position.losses
             # An epoch that was begun before is shuffled and thinned out again from its start, and its first batches
             # aren't trained on twice.
-            for ids, labels in itertools.islice(batches(problem, plan, rng), len(losses), None):
+            for ids, labels in itertools.islice(batches(problem, plan, rng, layout), len(losses), None):
                 if interruption.requested:
                     break
-                loss = trainer.step(ids, labels, jax.random.fold_in(key, position.steps), focus)
+                dropout_key = jax.random.fold_in(key, position.steps)
+                loss = trainer.step(ids, labels, dropout_key if layout is None else layout.key(dropout_key), focus)
                 losses.append(float(loss))
                 position.steps += 1
                 progress.step(losses[-1], plan.batch_size)
@@ -203,7 +231,7 @@ def train(
             whole = len(losses) == steps_per_epoch
             if not whole:
                 save()  # before the last look, whose point on the curve an undisturbed run wouldn't have
-            scores = trainer.logits(problem.ids[watched])
+            scores = _logits(trainer, problem.ids[watched], layout)
             if not (np.isfinite(losses).all() and np.isfinite(scores).all()):
                 raise DivergedError(
                     f"{focus.name} {focus.numbers} diverged in epoch {position.steps / steps_per_epoch:g} (last loss "
@@ -220,7 +248,7 @@ def train(
             if whole:
                 position.losses, position.generator = [], dict(rng.bit_generator.state)
                 save()
-    return Run(focus, trainer, position.curve, position.steps == total, time.perf_counter() - started)
+    return Run(focus, trainer, position.curve, position.steps == total, time.perf_counter() - started, layout)
 
 
 class _Progress:
