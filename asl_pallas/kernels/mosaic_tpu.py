@@ -16,10 +16,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from asl_pallas.formula import EXACT, Arithmetic
+from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.tile import Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TpuTiling, tpu_tiling
-from asl_pallas.kernels.versions import estimated_reciprocal, result_like
+from asl_pallas.kernels.versions import reciprocal, result_like
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -72,8 +72,6 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         tuple(inputs),
         tuple(outputs),
         tuple(scratch),
-        # Interpret mode has the estimate in bfloat16, too coarse for one Newton step.
-        EXACT if interpret else _CHIP,
     )
     arrays: list[Any] = [array for array, _ in inputs.values()]
     shapes: list[Any] = [shape for shape, _ in outputs.values()]
@@ -104,14 +102,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     return Result(result.get("value"), result.get("gradient"))
 
 
-def _newton_reciprocal(z: Array) -> Array:
-    """The chip's estimate and one Newton step: its own division, less the cases for 0, inf and denormals."""
-    estimate = estimated_reciprocal(z)
-    return estimate * (2.0 - z * estimate)
-
-
-# The vector unit's max and min keep a NaN.
-_CHIP = Arithmetic(reciprocal=_newton_reciprocal, at_least=jnp.maximum, at_most=jnp.minimum)
+# The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does.
+_CHIP = Arithmetic(reciprocal=reciprocal, at_least=jnp.maximum, at_most=jnp.minimum)
 
 
 def _quotient(n: Array, k: int) -> Array:
@@ -119,7 +111,7 @@ def _quotient(n: Array, k: int) -> Array:
     return lax.div(n, jnp.int32(k))
 
 
-def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, chip, *refs):
+def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, *refs):
     """One block. The refs are the inputs, the outputs and the scratch, in the order of their names."""
     inputs = dict(zip(names, refs, strict=False))
     outputs = dict(zip(output_names, refs[len(names) :], strict=False))
@@ -157,7 +149,7 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
         """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
         at = pl.ds(pl.multiple_of(g * group, group), group), pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
         tile = Operands(**{name: load(name, *at) for name in inputs})
-        value, gradient = task.evaluate(tile, valid, chip)
+        value, gradient = task.evaluate(tile, valid, _CHIP)
         if "gradient" in outputs:
             outputs["gradient"][at] = gradient.astype(outputs["gradient"].dtype)
         if task.value == "elements":

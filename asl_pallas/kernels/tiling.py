@@ -1,10 +1,10 @@
 """Block shapes, from shapes and dtypes: the one place that knows them.
 
 Measured figures behind the constants. TPU v5e, bf16 logits and int8 labels, bundles per 1024 elements in the innermost
-loop: value and gradient 15.3, 12.6, 11.4 and 11.0 with chunks of 256, 512, 1024 and 2048 classes by 32 rows (2048 takes
-three times as long to compile); the value alone 10.0, 8.9 and 9.3 with 256, 512 and 1024. With 80 classes, value and
-gradient take 19 in groups of 32 rows and 12.6 in groups of 256; with 600, 20.5 in chunks of 128 and 16.6 in one of
-640. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
+loop: value and gradient 15.8, 13.1, 12.0 and 11.5 with chunks of 256, 512, 1024 and 2048 classes by 32 rows; the value
+alone 10.3, 9.1 and 9.6 with 256, 512 and 1024. With 80 classes, value and gradient take 19 in groups of 32 rows and
+12.6 in groups of 256; with 600, 20.5 in chunks of 128 and 16.6 in one of 640. CPU, float32 1024 x 8192, the value:
+blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TPU_CLASSES = 4096
 _TPU_WHOLE_ROW = 1024
 # Chunks of classes, the first that fits best. A gradient's chain of dependent operations is long and wants many
 # registers in flight to hide it; a value's is short, and with more than 512 its masks leave their registers.
-_TPU_CHUNKS = {True: (1024, 512, 256, 128), False: (512, 256, 128)}
+_TPU_CHUNKS = {True: (2048, 1024, 512, 256, 128), False: (512, 256, 128)}
 _CPU_ELEMENTS = 64 * 1024
 _TRITON_ELEMENTS = 1024
 _TRITON_WARPS = 4

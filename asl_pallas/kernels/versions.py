@@ -11,13 +11,13 @@ import jax
 from jax import Array, lax
 
 
-def estimated_reciprocal(x: Array) -> Array:
-    """The TPU's own estimate of 1 / x. It moved from pallas to pallas.tpu in 0.11."""
+def reciprocal(x: Array) -> Array:
+    """1 / x as the TPU at hand does it best, for finite x whose reciprocal is finite. Moved to pallas.tpu in 0.11."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     module = pltpu if hasattr(pltpu, "reciprocal") else pl
-    return module.reciprocal(x, approx=True)
+    return module.reciprocal(x, full_range=False)
 
 
 def vary_alike(operands: Any) -> Any:
