@@ -17,7 +17,7 @@ test: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/python -m pytest -q tests
 
 bench: $(TEST_VENV)/ready
-	$(TEST_VENV)/bin/python -m profiling
+	$(TEST_VENV)/bin/python -m profiling bounds
 
 $(DEMO_VENV)/ready: pyproject.toml
 	$(call make_venv,$(DEMO_VENV))
