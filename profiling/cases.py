@@ -91,8 +91,8 @@ CASES = (
     Case((4096, 9605), "bfloat16", "int8", (GPU, TPU, *COMPILED)),
     Case((4096, 80), "bfloat16", "int8", (GPU, TPU, *COMPILED)),
 )
-# What --quick keeps: the two that the README's tables are about.
-QUICK = (ON_CPU.name, ON_CHIP.name)
+# The two that the README's tables are about, which all contenders are measured on; --quick keeps no others.
+MAIN = (ON_CPU.name, ON_CHIP.name)
 # How time grows: one side of the matrix doubles, the other stays as it is.
 GROWTH_FIXED = {"batch": 2048, "classes": 256}
 GROWTH = {
@@ -104,7 +104,7 @@ GROWTH = {
 def select(names: Iterable[str] | None, quick: bool = False) -> tuple[Case, ...]:
     """The cases of these names; all of them (or --quick's) for None."""
     if names is None:
-        return tuple(case for case in CASES if not quick or case.name in QUICK)
+        return tuple(case for case in CASES if not quick or case.name in MAIN)
     return tuple(_find(name, {case.name: case for case in CASES}, "case") for name in names)
 
 

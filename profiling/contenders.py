@@ -62,6 +62,10 @@ class Contender:
     def torch(self) -> bool:
         return self.package == "torch"
 
+    @property
+    def compiled_by_torch(self) -> bool:
+        return self.torch and self.name.endswith("compiled")
+
     def missing(self, place: str) -> str | None:
         """Why it can't be had here, or None."""
         if self.torch:

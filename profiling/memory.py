@@ -30,23 +30,27 @@ def jobs(request: Request) -> list[Job]:
     found = []
     for place in request.places():
         for case, contender in pairs(request, place):
-            for mode in MODES:
+            # Of torch there is the peak of a process alone, and XLA takes a minute for a slow contender on a TPU.
+            costly = contender.torch or (contender.slow and place in targets.TPU)
+            if costly and not request.whole(case):
+                continue
+            for mode in MODES if request.whole(case) and not request.quick else (GRADIENT,):
                 found.append(_job(request, place, case, contender, mode))
     return found
 
 
 def _job(request: Request, place: str, case: Case, contender: Contender, mode: str) -> Job:
     def measure() -> dict[str, Any]:
-        if contender.torch:
-            return {"floor": case.floor_of(mode), **peak(case, contender, mode)}
-        figures = planned(place, case, contender, mode)
-        if place in BACKENDS:
+        figures = {"floor": case.floor_of(mode)}
+        if not contender.torch:
+            figures |= planned(place, case, contender, mode)
+        if place in BACKENDS and request.whole(case):
             figures |= peak(case, contender, mode)
         return figures
 
     reason = ""
-    if request.quick and place in targets.TPU and (contender.slow or mode != GRADIENT):
-        reason = "--quick compiles no slow contender and no forward alone for a TPU"
+    if request.quick and place in targets.TPU and contender.slow:
+        reason = "--quick compiles for a TPU what takes seconds, not a minute"
     return Job("memory", place, case, contender, mode, measure, reason)
 
 

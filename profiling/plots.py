@@ -83,7 +83,7 @@ def _bars(ax: Axes, rows: Sequence[Row], values: Sequence[float], labels: Sequen
     bars = ax.barh(names, values, color=colours, height=0.7)
     ax.bar_label(bars, labels=labels, padding=3, fontsize=8)
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.15 * max(*values, 1e-9))
+    ax.set_xlim(0, 1.15 * max(*values, 1))
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
 

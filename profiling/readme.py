@@ -28,7 +28,14 @@ def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLD
         body = TABLES[kind](about, folder)
         return f"<!-- profiling: {kind} {about} -->\n{body or before}{END}" if body else match.group(0)
 
-    return _MARKED.sub(table, text)
+    text = _MARKED.sub(table, text)
+    if device is None:
+        return text
+
+    def picture(match: re.Match[str]) -> str:
+        return f"profiling/results/{device}/{match[1]}" if (folder / device / match[1]).exists() else match[0]
+
+    return re.sub(r"profiling/results/[\w.-]+/(\w+\.png)", picture, text)
 
 
 def disagreements(text: str, folder: pathlib.Path = results.FOLDER) -> list[str]:
@@ -95,7 +102,7 @@ def speed(device: str, folder: pathlib.Path) -> str:
             [
                 contender.title,
                 tables.milliseconds(figures["seconds"]),
-                "1" if figures["ratio_interval"] == [1, 1] else tables.ratio(figures),
+                tables.ratio(figures),
                 tables.percent(figures["fraction_of_floor"]),
                 ", ".join(slopes),
                 tables.mib(of_memory, "temporaries"),
@@ -104,7 +111,6 @@ def speed(device: str, folder: pathlib.Path) -> str:
             ]
         )
         used += [side[contender.name].run for side in (rows, memory, by_batch, by_classes) if contender.name in side]
-    missing = [r.contender for r in timed.rows if r.case == case.name and r.mode == GRADIENT and not r.measured]
     header = [
         case.name,
         "ms",
@@ -115,8 +121,12 @@ def speed(device: str, folder: pathlib.Path) -> str:
         "peak, MiB",
         "compile, s",
     ]
-    named = f"\nNot measured: {', '.join(missing)}.\n" if missing else ""
-    return _markdown(header, lines) + named + _source([timed, grown, planned], used)
+    copy = next(iter(rows.values())).figures["copy_bytes_per_second"]
+    said = f"\nThe copy moved {copy / 1e9:.1f} GB/s."
+    absent = [row for row in timed.rows if not row.measured and (row.case, row.mode) == (case.name, GRADIENT)]
+    for note in dict.fromkeys(row.note for row in absent):
+        said += f" Not measured: {', '.join(r.contender for r in absent if r.note == note)} ({note})."
+    return _markdown(header, lines) + said + "\n" + _source([timed, grown, planned], used)
 
 
 def chips(_: str, folder: pathlib.Path) -> str:
@@ -178,8 +188,11 @@ def parity(device: str, folder: pathlib.Path) -> str:
             [
                 f"`{name}`{where}",
                 dtype,
-                f"{tables.error(worst['loss_abs'])} ({tables.error(worst['careful_loss_abs'])})",
-                f"{tables.error(worst['gradient_abs'])} ({tables.error(worst['careful_gradient_abs'])})",
+                *(
+                    tables.error(worst[f"{what}_abs"])
+                    + ("" if dtype == "float64" else f" ({tables.error(worst[f'careful_{what}_abs'])})")
+                    for what in ("loss", "gradient")
+                ),
                 "holds" if holds else "**broken**",
             ]
         )

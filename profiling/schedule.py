@@ -17,7 +17,7 @@ from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import tpu_tiling, triton_tiling
 from profiling import contenders, targets
-from profiling.cases import FORWARD, GRADIENT, MODES, ON_CHIP, Case
+from profiling.cases import FORWARD, GRADIENT, MODES, Case
 from profiling.contenders import Contender
 from profiling.session import Job, Request, Session, pairs, places_of
 
@@ -35,10 +35,10 @@ def jobs(request: Request) -> list[Job]:
     for place in places_of(request, targets.TARGETS):
         for case, contender in pairs(request, place):
             # All contenders on the case that the tables show; ours alone on the others, which is what is tuned.
-            if request.case is None and case != ON_CHIP and not (contender.ours and contender.implementation != "xla"):
+            if not request.whole(case) and not (contender.ours and contender.implementation != "xla"):
                 continue
             for mode in MODES:
-                if mode == FORWARD and not contender.ours:
+                if mode == FORWARD and (request.quick or not contender.ours):
                     continue
                 found.append(_job(request, place, case, contender, mode))
     return found
@@ -49,8 +49,8 @@ def _job(request: Request, place: str, case: Case, contender: Contender, mode: s
         return (on_tpu if place in targets.TPU else on_cuda)(place, case, contender, mode)
 
     reason = ""
-    if request.quick and place in targets.TPU and (contender.slow or mode != GRADIENT):
-        reason = "--quick compiles no slow contender and no forward alone for a TPU"
+    if request.quick and place in targets.TPU and contender.slow:
+        reason = "--quick compiles for a TPU what takes seconds, not a minute"
     return Job("schedule", place, case, contender, mode, measure, reason)
 
 

@@ -38,6 +38,10 @@ class Request:
     def places(self) -> tuple[str, ...]:
         return cases.select_targets(self.target, self.backend)
 
+    def whole(self, case: Case) -> bool:
+        """Whether everything is measured on this case: a main one, or one that was asked for by name."""
+        return self.case is not None or case.name in cases.MAIN
+
     def with_ours(self, place: str) -> tuple[Contender, ...]:
         """The contenders at a place, with the one of ours that all others are compared with."""
         default = contenders.default(place)

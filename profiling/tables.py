@@ -18,7 +18,9 @@ Cell = Callable[[dict[str, Any]], str]
 
 def mib(figures: dict[str, Any], name: str) -> str:
     value = figures.get(name)
-    return "-" if value is None else f"{value / MIB:,.2f}" if value < 10 * MIB else f"{value / MIB:,.0f}"
+    if value is None or value == 0:
+        return "-" if value is None else "0"
+    return f"{value / MIB:,.2f}" if value < 10 * MIB else f"{value / MIB:,.0f}"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -36,8 +38,8 @@ def error(value: float | None) -> str:
 def ratio(figures: dict[str, Any]) -> str:
     """The ratio to ours, and its interval."""
     low, high = figures["ratio_interval"]
-    if figures["ratio_to_ours"] is None:
-        return "-"
+    if figures["ratio_to_ours"] is None or low == high == 1:
+        return "-" if figures["ratio_to_ours"] is None else "1"
     return f"{figures['ratio_to_ours']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
 
 
@@ -128,6 +130,9 @@ def _table(kind: str, device: str, first: str, second: str, rows: list[Row]) -> 
         values = [found[k] if found else "-" for k in shown]
         note = [f"{row.status}: {row.note}" if not row.measured else row.note] if notes else []
         table.add_row(row.mode if kind == "parity" else row.contender, *values, *note, style=style)
+    copy = next((row.figures["copy_bytes_per_second"] for row in rows if "copy_bytes_per_second" in row.figures), None)
+    if copy is not None:
+        table.caption = f"a copy (x + 1) moves {copy / 1e9:.2f} GB/s"
     return table
 
 
