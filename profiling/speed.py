@@ -11,6 +11,7 @@ like a contender's gradient. The floor of a step is the bytes that it can't do w
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -23,7 +24,7 @@ import numpy as np
 import scipy.stats
 
 from profiling import cases, contenders, results, torch_peers
-from profiling.cases import FORWARD, GPU, GRADIENT, MODES, Case
+from profiling.cases import GPU, GRADIENT, MODES, Case
 from profiling.contenders import Contender, Unserved
 from profiling.results import Row
 from profiling.session import Session, described, device_of
@@ -82,23 +83,22 @@ def prepare_copy(arrays: tuple[Any, Any]) -> Runner:
 
 
 def measure(session: Session) -> None:
-    """Every case of the device at hand, in both modes, then how time grows with batch and classes."""
+    """The main cases in both modes, how time grows with batch and classes, and the other cases."""
     request = session.request
     backend = request.backend
     if backend not in request.places():
         return
     rounds = QUICK_ROUNDS if request.quick else ROUNDS
-    for case in request.cases():
-        if backend not in case.places:
-            continue
-        for mode in MODES:
-            if mode == FORWARD and (request.quick or not request.whole(case)):
-                continue
-            session.rows += in_turns(session, case, mode, rounds)
-            if session.cut_short:
-                return
-    if request.case is None:
+    mine = [case for case in request.cases() if backend in case.places]
+    for case in filter(request.whole, mine):
+        for mode in MODES if not request.quick else (GRADIENT,):
+            if not session.cut_short:
+                session.rows += in_turns(session, case, mode, rounds)
+    if request.case is None and not session.cut_short:
         grow(session)
+    for case in itertools.filterfalse(request.whole, mine):
+        if not session.cut_short:
+            session.rows += in_turns(session, case, GRADIENT, rounds)
 
 
 def in_turns(session: Session, case: Case, mode: str, rounds: int, kind: str = "speed") -> list[Row]:

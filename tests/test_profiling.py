@@ -77,8 +77,9 @@ def test_every_contender_computes_the_loss_that_it_says():
 
 def test_parity_passes_on_the_tree_and_fails_once_a_line_of_the_formula_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(parity, "DTYPES", ("float32", "bfloat16"))
-    command = ["parity", "--quick", "--only", "ours-xla"]
+    command = ["parity", "--quick", "--json", "--only", "ours-xla"]
     assert __main__.main(command) == 0
+    assert all(row["figures"]["holds"] for row in json.loads(capsys.readouterr().out)["rows"])
     focus = formula.AsymmetricLoss._focus
 
     def wrong(self: Any, m: Any, positive: Any) -> Any:
@@ -92,8 +93,8 @@ def test_parity_passes_on_the_tree_and_fails_once_a_line_of_the_formula_is_wrong
     finally:
         monkeypatch.undo()
         jax.clear_caches()
-    out = capsys.readouterr().out
-    assert out.count("holds") and out.count("broken") and "beyond the bound" in out
+    broken = [row for row in json.loads(capsys.readouterr().out)["rows"] if not row["figures"]["holds"]]
+    assert broken and all(row["note"].startswith("beyond the bound at logit") for row in broken)
 
 
 def test_check_takes_any_function_of_the_same_face():
