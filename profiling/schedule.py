@@ -60,23 +60,23 @@ def measure(session: Session) -> None:
 
 def on_tpu(target: str, case: Case, contender: Contender, mode: str) -> dict[str, Any]:
     found = targets.schedules(target, SCRIPT, target, case.name, contender.name, mode)
-    thousands = case.elements / 1024
     kernels: list[dict[str, Any]] = []
-    cycles = 0.0
+    cycles, counted, innermost = 0.0, True, None
     units: dict[str, float] = {}
-    innermost = None
     for schedule in found:
         trips, tile = trips_of(schedule, case, mode)
         innermost = schedule.innermost / (tile / 1024) if tile else innermost
-        bundles = sum(n * count for n, count in zip(trips, schedule.by_depth, strict=True))
-        cycles += bundles
+        kernels.append({"name": schedule.name, "bundles_by_depth": schedule.by_depth, "trips_by_depth": trips})
+        if trips is None:
+            counted = False
+            continue
+        cycles += sum(n * count for n, count in zip(trips, schedule.by_depth, strict=True))
         for unit in schedule.units:
             busy = sum(n * used for n, used in zip(trips, unit.used, strict=True)) / unit.capacity
             units[unit.name] = units.get(unit.name, 0) + busy
-        kernels.append({"name": schedule.name, "bundles_by_depth": schedule.by_depth, "trips_by_depth": trips})
     limiting = max(units, key=lambda name: units[name])
     return {
-        "bundles_per_1024": cycles / thousands,
+        "bundles_per_1024": cycles / (case.elements / 1024) if counted else None,
         "innermost_per_1024": innermost,
         "bundles": sum(sum(schedule.by_depth) for schedule in found),
         "limiting_unit": limiting,
@@ -86,24 +86,27 @@ def on_tpu(target: str, case: Case, contender: Contender, mode: str) -> dict[str
     }
 
 
-def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[float, ...], int]:
+def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[float, ...] | None, int]:
     """How often the bundles of each depth run: outside of loops, a block of the grid, a group of rows, a chunk.
 
-    And how many elements our kernel's innermost loop takes at a time, 0 for XLA's, which have none inside the grid.
+    None for a kernel of XLA's with loops inside its grid, whose turns nothing tells: copies from one layout to another.
+    And how many elements our kernel's innermost loop takes at a time, 0 for XLA's.
     """
     trips = [1.0, float(math.prod(schedule.grid))]
     if len(schedule.by_depth) <= 2:
         return tuple(trips[: len(schedule.by_depth)]), 0
     if "asl_pallas" not in schedule.name:
-        raise RuntimeError(f"{schedule.name} has loops of unknown length inside its grid")
+        return None, 0
     task = Task(AsymmetricLoss(), "rows", mode == GRADIENT)
     tiling = tpu_tiling(task, Operands(*case.shapes()))  # type: ignore[arg-type]
     rows, classes = case.shape
     groups = math.ceil(rows / tiling.group)
-    # A last chunk that isn't whole has a loop of its own, at the depth of the groups; it counts in every block here.
-    return (*trips, groups * trips[1] / math.ceil(rows / tiling.rows), groups * (classes // tiling.chunk)), (
-        tiling.group * tiling.chunk
-    )
+    blocks = math.ceil(classes / tiling.classes)
+    if classes % tiling.chunk:
+        # The last chunk, which isn't whole, is done in a loop over the groups of its own, in the last block of classes
+        # alone. Beside it the bundles around the chunks of the other blocks, of the same depth, are a percent.
+        blocks = 1
+    return (*trips, groups * blocks, groups * (classes // tiling.chunk)), tiling.group * tiling.chunk
 
 
 def on_cuda(target: str, case: Case, contender: Contender, mode: str) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def on_cuda(target: str, case: Case, contender: Contender, mode: str) -> dict[st
         "kernels": len(found),
         "registers": max(kernel.registers for kernel in found),
         "spilled_bytes": sum(kernel.spilled_bytes for kernel in found),
-        "widest_load": max((max(kernel.loads, default=0) for kernel in found), default=0),
+        "widest_load": max(max(found, key=lambda kernel: kernel.instructions).loads, default=0),
         "instructions": sum(kernel.instructions for kernel in found),
         "instructions_per_1024": None if instructions is None else instructions / (case.elements / 1024),
         "by_kernel": [
