@@ -36,7 +36,8 @@ def parser() -> argparse.ArgumentParser:
             "--quick", action="store_true", help="the main cases, fewer rounds, nothing slow to compile"
         )
         command.add_argument("--only", action="append", metavar="CONTENDER", help="this contender; several: again")
-        command.add_argument("--case", action="append", metavar="CASE", help="this case; several: again")
+        if name != "parity":  # it has logits of its own
+            command.add_argument("--case", action="append", metavar="CASE", help="this case; several: again")
         command.add_argument(
             "--target", action="append", metavar="TARGET", help="local, v5e, v6e, tpu7x or h100; again"
         )
@@ -116,7 +117,7 @@ def measured(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _names(options: argparse.Namespace) -> list[tuple[str, ...] | None]:
     """--only, --case and --target: each repeated, or with commas."""
     found: list[tuple[str, ...] | None] = []
-    for given in (options.only, options.case, options.target):
+    for given in (options.only, getattr(options, "case", None), options.target):
         found.append(None if given is None else tuple(name for part in given for name in part.split(",") if name))
     return found
 

@@ -139,11 +139,11 @@ CONTENDERS: tuple[Contender, ...] = (
         package="optax",
     ),
     Contender("torch-asl", "torch, timm's ASL", ASL, torch_peers.asymmetric, package="torch"),
-    Contender("torch-asl-compiled", "the same, torch.compile", ASL, torch_peers.asymmetric_compiled, package="torch"),
+    Contender("torch-asl-compiled", "torch.compile, timm's ASL", ASL, torch_peers.asymmetric_compiled, package="torch"),
     Contender("torch-bce", "torch, cross-entropy", "cross-entropy", torch_peers.cross_entropy, package="torch"),
     Contender(
         "torch-bce-compiled",
-        "the same, torch.compile",
+        "torch.compile, cross-entropy",
         "cross-entropy",
         torch_peers.cross_entropy_compiled,
         package="torch",

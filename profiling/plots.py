@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from profiling import contenders, results, tables
-from profiling.cases import GRADIENT, ON_CHIP, ON_CPU, Case
+from profiling.cases import GRADIENT
 from profiling.results import Document, Row
 
 OURS, PEER = "#d55e00", "#56749b"
@@ -36,21 +36,17 @@ def draw(device: str, folder: pathlib.Path = results.FOLDER) -> list[pathlib.Pat
     return written
 
 
-def _main_case(document: Document) -> Case:
-    """The case that the README's tables are about: the CPU's or the chips'."""
-    return ON_CPU if document.rows_of(ON_CPU.name, GRADIENT) else ON_CHIP
-
-
 def _in_order(rows: dict[str, Row]) -> list[Row]:
     return [rows[c.name] for c in contenders.CONTENDERS if c.name in rows]
 
 
-def _caption(figure: Figure, documents: Sequence[Document]) -> None:
-    runs = {key: run for document in documents for key, run in document.runs.items()}
-    latest = runs[max(runs)]
-    figure.supxlabel(
-        f"jax {latest.versions.get('jax', '?')}, {latest.date[:10]}: {latest.command}", fontsize=7, color="0.4"
-    )
+def _caption(figure: Figure, shown: Sequence[tuple[Document, Sequence[Row]]]) -> None:
+    """Versions, dates and commands of the runs that the picture shows."""
+    runs = [document.runs[key] for document, rows in shown for key in sorted({row.run for row in rows})]
+    versions = " and ".join(sorted({run.versions.get("jax", "?") for run in runs}))
+    dates = " and ".join(sorted({run.date[:10] for run in runs}))
+    commands = "\n".join(dict.fromkeys(run.command for run in runs))
+    figure.supxlabel(f"jax {versions}, {dates}:\n{commands}", fontsize=7, color="0.4")
 
 
 def _memory(device: str, folder: pathlib.Path) -> Figure | None:
@@ -58,7 +54,7 @@ def _memory(device: str, folder: pathlib.Path) -> Figure | None:
     panels: list[tuple[str, Document, list[Row]]] = []
     for place in (device, "h100", "v5e"):
         document = results.load_or_empty(results.path_of(place, "memory", folder))
-        case = _main_case(document)
+        case = document.main_case()
         rows = [r for r in _in_order(document.rows_of(case.name, GRADIENT)) if "temporaries" in r.figures]
         if rows:
             ran = "as XLA plans them" if place == device else "compiled ahead of time"
@@ -73,7 +69,7 @@ def _memory(device: str, folder: pathlib.Path) -> Figure | None:
         _bars(ax, rows, values, [f"{v:,.0f}" if v >= 10 or v == 0 else f"{v:.2f}" for v in values])
         ax.set_title(title, fontsize=9, loc="left")
         ax.set_xlabel("temporary memory of value and gradient, MiB", fontsize=8)
-    _caption(figure, [document for _, document, _ in panels])
+    _caption(figure, [(document, rows) for _, document, rows in panels])
     return figure
 
 
@@ -85,6 +81,9 @@ def _bars(ax: Axes, rows: Sequence[Row], values: Sequence[float], labels: Sequen
     ax.invert_yaxis()
     ax.set_xlim(0, 1.15 * max(*values, 1))
     ax.tick_params(labelsize=8)
+    for name, row in zip(ax.get_yticklabels(), rows, strict=True):
+        if row.contender.startswith("ours"):
+            name.set(color=OURS, weight="bold")
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -119,14 +118,14 @@ def _growth(device: str, folder: pathlib.Path) -> Figure | None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(f"Time by the number of classes, {device}", fontsize=10, loc="left")
     ax.legend(fontsize=8, frameon=False)
-    _caption(figure, [document])
+    _caption(figure, [(document, rows)])
     return figure
 
 
 def _floor(device: str, folder: pathlib.Path) -> Figure | None:
     """How near each contender comes to reading its inputs and writing its gradient at the rate of a copy."""
     document = results.load_or_empty(results.path_of(device, "speed", folder))
-    case = _main_case(document)
+    case = document.main_case()
     rows = _in_order(document.rows_of(case.name, GRADIENT))
     if not rows:
         return None
@@ -138,5 +137,5 @@ def _floor(device: str, folder: pathlib.Path) -> Figure | None:
     ax.set_xlim(0, 1.3 * max(values))
     ax.set_xlabel("of the floor, %: logits and labels read, gradient written, at the rate of x + 1", fontsize=8)
     ax.set_title(f"Value and gradient of {case.name}, {device}", fontsize=10, loc="left")
-    _caption(figure, [document])
+    _caption(figure, [(document, rows)])
     return figure

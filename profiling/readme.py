@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from profiling import contenders, local, results, tables, targets
-from profiling.cases import GRADIENT, ON_CHIP, ON_CPU
+from profiling.cases import GRADIENT, ON_CHIP
 from profiling.results import Document
 
 README = local.ROOT / "README.md"
@@ -83,7 +83,7 @@ def speed(device: str, folder: pathlib.Path) -> str:
     timed = results.load_or_empty(results.path_of(device, "speed", folder))
     grown = results.load_or_empty(results.path_of(device, "growth", folder))
     planned = results.load_or_empty(results.path_of(device, "memory", folder))
-    case = ON_CPU if timed.rows_of(ON_CPU.name, GRADIENT) else ON_CHIP
+    case = timed.main_case()
     rows, memory = timed.rows_of(case.name, GRADIENT), planned.rows_of(case.name, GRADIENT)
     by_batch, by_classes = (grown.rows_of(side, GRADIENT) for side in ("batch", "classes"))
     if not rows:

@@ -28,7 +28,8 @@ def measure(session: Session, run: Run, folder: pathlib.Path = results.FOLDER) -
             part(session)
         except KeyboardInterrupt:
             session.cut_short = True
-        results.save(session.rows[before:], run, folder)
+        finally:
+            results.save(session.rows[before:], run, folder)
         if session.cut_short:
             return
 

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from profiling import local, targets
+from profiling.cases import GRADIENT, ON_CHIP, ON_CPU, Case
 
 SCHEMA = 1
 FOLDER = pathlib.Path(__file__).resolve().parent / "results"
@@ -103,6 +104,10 @@ class Document:
     def rows_of(self, case: str, mode: str) -> dict[str, Row]:
         """The measured rows of a case by contender."""
         return {r.contender: r for r in self.rows if r.measured and (r.case, r.mode) == (case, mode)}
+
+    def main_case(self) -> Case:
+        """The case that tables and pictures are about: the chips', or the CPU's where that wasn't measured."""
+        return ON_CHIP if self.rows_of(ON_CHIP.name, GRADIENT) else ON_CPU
 
 
 def path_of(device: str, kind: str, folder: pathlib.Path) -> pathlib.Path:
