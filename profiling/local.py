@@ -22,8 +22,10 @@ VERSIONS = (
 def choose_backend() -> None:
     """The CPU where no accelerator's device file is there: JAX's plug-ins for absent chips are slow to give up.
 
-    On a GPU, memory is taken as it is needed, so that a child process of the memory measurement finds some.
+    On a GPU, memory is taken as it is needed, so that a child process of the memory measurement finds some. torch's
+    threads sleep while they wait: spinning on cores that others want, XLA's threads among them, made 3 ms 110.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
