@@ -3,8 +3,9 @@
 PYTHON ?= python3
 DEMO_VENV ?= .venv-demo
 TEST_VENV ?= .venv-test
+PEERS_VENV ?= .venv-peers
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench report clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_VENV)/ready
@@ -17,20 +18,36 @@ test: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/python -m pytest -q tests
 
 bench: $(TEST_VENV)/ready
-	$(TEST_VENV)/bin/python -m profiling
+	$(TEST_VENV)/bin/python -m profiling bounds
+
+# The README's tables and pictures with this machine's figures, against torch and timm too. 8 GB with PyPI's torch.
+report: $(PEERS_VENV)/ready
+	$(PEERS_VENV)/bin/python -m profiling report
 
 $(DEMO_VENV)/ready: pyproject.toml
 	$(call make_venv,$(DEMO_VENV))
 	$(DEMO_VENV)/bin/pip install -q -e ".[demo]"
 	touch $@
 
-# The CUDA plugin has to have jax's own version; no card and no driver are needed to compile with it.
 $(TEST_VENV)/ready: pyproject.toml
 	$(call make_venv,$(TEST_VENV))
-	$(TEST_VENV)/bin/pip install -q -e ".[test]"
-	version=$$($(TEST_VENV)/bin/python -c "import jax; print(jax.__version__)"); \
-	$(TEST_VENV)/bin/pip install -q jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	$(call install,$(TEST_VENV),test)
 	touch $@
+
+$(PEERS_VENV)/ready: pyproject.toml
+	$(call make_venv,$(PEERS_VENV))
+	$(call install,$(PEERS_VENV),test$(comma)peers)
+	touch $@
+
+comma := ,
+
+# The CUDA plugin has to have jax's own version; no card and no driver are needed to compile with it.
+define install
+@echo "$(1)/bin/pip install -e .[$(2)]"
+@$(1)/bin/pip install -q -e ".[$(2)]"
+@version=$$($(1)/bin/python -c "import jax; print(jax.__version__)"); \
+	$(1)/bin/pip install -q jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+endef
 
 define make_venv
 @$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \

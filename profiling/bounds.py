@@ -24,10 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from asl_pallas import asymmetric_loss
-from asl_pallas.formula import AsymmetricLoss
-from asl_pallas.kernels.tile import Operands, Task
-from asl_pallas.kernels.tiling import tpu_tiling
-from profiling import targets
+from profiling import cases, contenders, schedule, targets
 from reference import autodiff
 
 ROUNDS = 15
@@ -130,30 +127,9 @@ def readers(compiled: Any) -> int:
     return sum(line.count(f"{name},") + line.count(f"{name})") for line in entry for name in names)
 
 
-_SCRIPT = """
-import jax
-from profiling import bounds, targets
-targets.compile_for("v5e", jax.value_and_grad(bounds.ours), *bounds.shapes())
-"""
-
-
 def schedule_on_v5e() -> Iterator[Line]:
-    (schedule,) = [s for s in targets.schedules("v5e", _SCRIPT) if "asl_pallas" in s.name]
-    cycles = cycles_per_1024_elements(schedule)
-    yield Line("v5e, bf16 4096 x 8192", "bundles (cycles) per 1024 elements", cycles, "", 12)
-
-
-def cycles_per_1024_elements(schedule: targets.Schedule) -> float:
-    """Bundles times trips over all loops: the grid's blocks, a block's groups of rows, a group's chunks of classes."""
-    rows, classes = CHIP_SHAPE
-    task = Task(AsymmetricLoss(), "rows", True)
-    tiling = tpu_tiling(task, Operands(*shapes()))
-    blocks = rows * classes / (tiling.rows * tiling.classes)
-    groups = blocks * tiling.rows / tiling.group
-    chunks = groups * tiling.classes / tiling.chunk
-    trips = (1.0, blocks, groups, chunks)
-    bundles = sum(n * count for n, count in zip(trips, schedule.by_depth, strict=True))
-    return bundles / (rows * classes / 1024)
+    figures = schedule.on_tpu("v5e", cases.ON_CHIP, contenders.default("v5e"), cases.GRADIENT)
+    yield Line("v5e, bf16 4096 x 8192", "bundles (cycles) per 1024 elements", figures["bundles_per_1024"], "", 12)
 
 
 def main() -> int:

@@ -122,20 +122,43 @@ def temporary_bytes(compiled: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class Unit:
+    """A unit of a TPU's core: how many operations it takes a cycle, and how many there are at each depth of loops."""
+
+    name: str
+    capacity: int
+    used: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A TPU kernel's final schedule: bundles, one a cycle, by the depth of the loop that they are in."""
+    """A TPU kernel's final schedule: bundles, one a cycle, by the depth of the loop that they are in.
+
+    Attributes:
+      grid: how often the outermost loop turns, dimension by dimension.
+      units: the core's units; fills from and spills to memory are listed as units of their own.
+    """
 
     name: str
     by_depth: tuple[int, ...]
-    spills: int
+    grid: tuple[int, ...]
+    units: tuple[Unit, ...]
 
     @property
     def innermost(self) -> int:
         return self.by_depth[-1]
 
+    @property
+    def spills(self) -> int:
+        """Vector registers that the innermost loop writes to memory for want of room, and reads back."""
+        return sum(unit.used[-1] for unit in self.units if ":" in unit.name)
+
 
 def schedules(target: str, script: str, *arguments: str) -> list[Schedule]:
-    """The schedules of all kernels that `python -c script` compiles. libtpu reads its flags once, hence a process."""
+    """The schedules of all kernels that `python -c script` compiles. libtpu reads its flags once, hence a process.
+
+    Where XLA compiles a fusion several times until its blocks fit, the last schedule is the one that stays.
+    """
     device(target)
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -144,40 +167,71 @@ def schedules(target: str, script: str, *arguments: str) -> list[Schedule]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"the script to be compiled failed: {done.stderr[-2000:]}")
-        found = []
-        for path in sorted(glob.glob(f"{folder}/*final_bundles.txt")):
-            name = re.sub(r"^\d+-", "", os.path.basename(path)).rsplit("-", 2)[0]
+        found = {}
+        for path in sorted(glob.glob(f"{folder}/*-final_bundles.txt")):
+            kernel = os.path.basename(path).rsplit("-", 2)[0]  # the time of its compilation, and its name
+            name = re.sub(r"^\d+-", "", kernel)
             if "schedule-analysis" in path or name.startswith(("TLP", "<late")):
                 continue
-            with open(path) as file:
-                found.append(_schedule(name, file.read()))
-    return found
+            (used,) = glob.glob(f"{folder}/{glob.escape(kernel)}-*-final_hlo-static-per-bundle-utilization.txt")
+            with open(path) as bundles, open(used) as utilization:
+                found[name] = _schedule(name, bundles.read(), utilization.read())
+        return list(found.values())
 
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2}:)?\s*:?\s*(>*)\s*\{")
 
 
-def _schedule(name: str, text: str) -> Schedule:
-    depths = [len(m.group(1)) for m in map(_BUNDLE.match, text.splitlines()) if m]
-    innermost = [line for line in text.splitlines() if (m := _BUNDLE.match(line)) and len(m.group(1)) == max(depths)]
-    by_depth = tuple(depths.count(d) for d in range(max(depths, default=0) + 1))
-    return Schedule(name, by_depth, sum("spill" in line for line in innermost))
+def _schedule(name: str, bundles: str, utilization: str) -> Schedule:
+    depths = [len(m.group(1)) for m in map(_BUNDLE.match, bundles.splitlines()) if m]
+    all_depths = range(max(depths, default=0) + 1)
+    grid = re.search(r"iteration_bounds: \(([\d, ]*)\)", bundles)
+    _, names, capacities, _, *lines = utilization.splitlines()
+    table = np.array([line.split() for line in lines if line.strip()], int)
+    if len(table) != len(depths):
+        raise RuntimeError(f"{name}: libtpu lists {len(depths)} bundles and what {len(table)} of them use")
+    used = [table[np.array(depths) == d].sum(axis=0) for d in all_depths]
+    units = [
+        Unit(unit.strip(), int(capacity), tuple(int(at_depth[k]) for at_depth in used))
+        for k, (unit, capacity) in enumerate(zip(names.split(","), capacities.split(), strict=True))
+    ]
+    return Schedule(
+        name,
+        tuple(depths.count(d) for d in all_depths),
+        tuple(int(n) for n in grid.group(1).split(",") if n.strip()) if grid else (),
+        tuple(units),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What ptxas says of a CUDA kernel, and how wide its loads from global memory are, in bytes."""
+    """What ptxas says of a CUDA kernel, and what its PTX holds.
+
+    Attributes:
+      loads: how wide its loads from global memory are, in bytes.
+      instructions: of PTX, all; loop: those between a label and the jump back to it.
+      launch: programs, and threads of each; None where XLA doesn't tell.
+    """
 
     name: str
     registers: int
     spilled_bytes: int
     loads: tuple[int, ...]
+    instructions: int
+    loop: int
+    launch: tuple[int, int] | None
 
 
 def resources(target: str, f: Callable[..., Any], *shapes: Any) -> list[Resources]:
     ptxas = os.path.join(_find_cuda_tools(), "bin", "ptxas")
     with tempfile.TemporaryDirectory() as folder:
         compile_for(target, f, *shapes, dump=folder)
+        launches = {}
+        for path in glob.glob(f"{folder}/*thunk_sequence.txt"):
+            with open(path) as file:
+                for name, *sizes in re.findall(r"(\S+) grid: \[([^\]]*)\] threads: \[([^\]]*)\]", file.read()):
+                    programs, threads = (math.prod(map(int, size.split(","))) for size in sizes)
+                    launches[name] = (programs, threads)
         found = []
         for path in sorted(glob.glob(f"{folder}/*.ptx")):
             with open(path) as file:
@@ -189,10 +243,26 @@ def resources(target: str, f: Callable[..., Any], *shapes: Any) -> list[Resource
                 spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
                 loads = tuple(
                     int(count or 1) * int(bits) // 8
-                    for count, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+                    for count, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)", ptx)
                 )
-                found.append(Resources(name, registers, spilled, loads))
+                body = ptx[ptx.index(f".entry {name}") :]
+                found.append(Resources(name, registers, spilled, loads, *_instructions(body), launches.get(name)))
     return found
+
+
+def _instructions(body: str) -> tuple[int, int]:
+    """Instructions of a kernel, and those of its loops."""
+    labels: dict[str, int] = {}
+    in_loops: set[int] = set()
+    count = 0
+    for line in body.splitlines():
+        if label := re.match(r"\s*(\$\w+):", line):
+            labels[label.group(1)] = count
+        elif re.match(r"\s*(?:@!?%p\d+\s+)?[a-z][\w.:]*\s.*;", line):
+            count += 1
+            if (jump := re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)) and jump.group(1) in labels:
+                in_loops.update(range(labels[jump.group(1)], count))
+    return count, len(in_loops)
 
 
 @functools.cache

@@ -189,6 +189,8 @@ class Store:
                 reason = _reason(error)
             # Orbax's unfinished coroutines complain when they are collected: here, where they aren't heard.
             gc.collect()
+        # Other writes of the same checkpoint may still be under way, and fail as unheard as this one.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
         raise CheckpointError(f"{failure}: {reason}")
 
 

@@ -1,0 +1,205 @@
+"""The README's tables of figures, between markers, from the JSON files.
+
+A marker names the table and the device that it is about, <!-- profiling: speed cpu-... -->, so the README alone says
+which files it has to agree with.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+
+from profiling import contenders, local, results, tables, targets
+from profiling.cases import GRADIENT, ON_CHIP
+from profiling.results import Document
+
+README = local.ROOT / "README.md"
+END = "<!-- end of profiling -->"
+_MARKED = re.compile(rf"<!-- profiling: (\w+) ([\w.-]+) -->\n(.*?){re.escape(END)}", re.DOTALL)
+
+
+def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLDER) -> str:
+    """The README with its tables as the files have them; `device` is put in the place of the one that is named."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, named, before = match.groups()
+        about = device if device is not None and named not in targets.TARGETS and kind != "chips" else named
+        body = TABLES[kind](about, folder)
+        return f"<!-- profiling: {kind} {about} -->\n{body or before}{END}" if body else match.group(0)
+
+    text = _MARKED.sub(table, text)
+    if device is None:
+        return text
+
+    def picture(match: re.Match[str]) -> str:
+        return f"profiling/results/{device}/{match[1]}" if (folder / device / match[1]).exists() else match[0]
+
+    return re.sub(r"profiling/results/[\w.-]+/(\w+\.png)", picture, text)
+
+
+def disagreements(text: str, folder: pathlib.Path = results.FOLDER) -> list[str]:
+    """What is wrong with the README: tables that aren't as the files have them, or that nothing marks."""
+    found = []
+    marked = _MARKED.findall(text)
+    if not marked:
+        return ["README.md has no table between markers"]
+    for kind, device, body in marked:
+        if kind not in TABLES:
+            found.append(f"no table is called {kind}; there are {', '.join(TABLES)}")
+        elif not (expected := TABLES[kind](device, folder)):
+            found.append(f"the table {kind} is about {device}, of which {folder} has no figures")
+        elif body != expected:
+            found.append(
+                f"the table {kind} of {device} isn't what the results have: python -m profiling report --redraw"
+            )
+    return found
+
+
+def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _source(documents: Iterable[Document], used: Iterable[str]) -> str:
+    """The line under a table: machine, versions, dates and command of the runs that its figures come from."""
+    runs = {key: run for document in documents for key, run in document.runs.items()}
+    mine = [runs[key] for key in sorted(set(used))]
+    packages = ("jax", "optax", "torch", "timm", "libtpu")
+    versions = [
+        f"{package} {' and '.join(found)}"
+        for package in packages
+        if (found := sorted({run.versions[package] for run in mine if package in run.versions}))
+    ]
+    machines = " and ".join(sorted({run.machine for run in mine}))
+    dates = " and ".join(sorted({run.date[:10] for run in mine}))
+    commands = " and ".join(sorted({f"`{run.command}`" for run in mine}))
+    return f"\n{machines}; {', '.join(versions)}; {dates}; {commands}.\n"
+
+
+def speed(device: str, folder: pathlib.Path) -> str:
+    """Time, ratio, floor, growth and memory of the machine at hand."""
+    timed = results.load_or_empty(results.path_of(device, "speed", folder))
+    grown = results.load_or_empty(results.path_of(device, "growth", folder))
+    planned = results.load_or_empty(results.path_of(device, "memory", folder))
+    case = timed.main_case()
+    rows, memory = timed.rows_of(case.name, GRADIENT), planned.rows_of(case.name, GRADIENT)
+    by_batch, by_classes = (grown.rows_of(side, GRADIENT) for side in ("batch", "classes"))
+    if not rows:
+        return ""
+    lines, used = [], []
+    for contender in contenders.CONTENDERS:
+        if contender.name not in rows:
+            continue
+        figures = rows[contender.name].figures
+        of_memory = memory[contender.name].figures if contender.name in memory else {}
+        slopes = [
+            tables.number(side[contender.name].figures["slope"], ".2f") if contender.name in side else "-"
+            for side in (by_batch, by_classes)
+        ]
+        lines.append(
+            [
+                contender.title,
+                tables.milliseconds(figures["seconds"]),
+                tables.ratio(figures),
+                tables.percent(figures["fraction_of_floor"]),
+                ", ".join(slopes),
+                tables.mib(of_memory, "temporaries"),
+                tables.mib(of_memory, "peak"),
+                tables.seconds(figures["compile_seconds"]),
+            ]
+        )
+        used += [side[contender.name].run for side in (rows, memory, by_batch, by_classes) if contender.name in side]
+    header = [
+        case.name,
+        "ms",
+        "times ours (95 % interval)",
+        "of the floor",
+        "slope by batch, classes",
+        "temporaries, MiB",
+        "peak, MiB",
+        "compile, s",
+    ]
+    copy = next(iter(rows.values())).figures["copy_bytes_per_second"]
+    said = f"\nThe copy moved {copy / 1e9:.1f} GB/s."
+    absent = [row for row in timed.rows if not row.measured and (row.case, row.mode) == (case.name, GRADIENT)]
+    for note in dict.fromkeys(row.note for row in absent):
+        said += f" Not measured: {', '.join(r.contender for r in absent if r.note == note)} ({note})."
+    return _markdown(header, lines) + said + "\n" + _source([timed, grown, planned], used)
+
+
+def chips(_: str, folder: pathlib.Path) -> str:
+    """Memory and schedule of the chips that are compiled for."""
+    names = ("v5e", "v6e", "tpu7x", "h100")
+    planned = {name: results.load_or_empty(results.path_of(name, "memory", folder)) for name in names}
+    scheduled = {name: results.load_or_empty(results.path_of(name, "schedule", folder)) for name in names}
+    lines, used = [], []
+    for contender in contenders.CONTENDERS:
+        cells = []
+        for name in names:
+            memory = planned[name].rows_of(ON_CHIP.name, GRADIENT).get(contender.name)
+            schedule = scheduled[name].rows_of(ON_CHIP.name, GRADIENT).get(contender.name)
+            figures = schedule.figures if schedule else {}
+            if name != "h100":
+                cells.append(tables.number(figures.get("bundles_per_1024")))
+            if name in ("v5e", "h100"):
+                traffic, temporaries = (
+                    tables.mib(memory.figures if memory else {}, k) for k in ("traffic", "temporaries")
+                )
+                cells.append(f"{traffic} ({temporaries})" if memory else "-")
+            if name == "h100":
+                cells.append(tables.number(figures.get("kernels"), "d"))
+                cells.append(tables.number(figures.get("registers"), "d"))
+            used += [row.run for row in (memory, schedule) if row]
+        if any(cell != "-" for cell in cells):
+            lines.append([contender.title, *cells])
+    if not lines:
+        return ""
+    header = [
+        ON_CHIP.name,
+        "v5e: bundles per 1024",
+        "v5e: traffic (temporaries), MiB",
+        "v6e: bundles",
+        "tpu7x: bundles",
+        "H100: traffic (temporaries), MiB",
+        "H100: kernels",
+        "H100: registers",
+    ]
+    return _markdown(header, lines) + _source([*planned.values(), *scheduled.values()], used)
+
+
+def parity(device: str, folder: pathlib.Path) -> str:
+    """The worst error of each implementation and dtype over all regions, beside the careful version's."""
+    document = results.load_or_empty(results.path_of(device, "parity", folder))
+    rows = [row for row in document.rows if row.measured and row.mode != "row sums"]
+    lines = []
+    for name, dtype in dict.fromkeys((row.contender, row.case) for row in rows):
+        mine = [row.figures for row in rows if (row.contender, row.case) == (name, dtype)]
+        worst = {
+            key: max((f[key] for f in mine if f.get(key) is not None), default=None)
+            for key in ("loss_abs", "careful_loss_abs", "gradient_abs", "careful_gradient_abs", "gradient_ulps")
+        }
+        holds = all(
+            row.figures["holds"] for row in document.rows if (row.contender, row.case) == (name, dtype) and row.measured
+        )
+        where = " in the interpreter" if any(r.note for r in rows if (r.contender, r.case) == (name, dtype)) else ""
+        lines.append(
+            [
+                f"`{name}`{where}",
+                dtype,
+                *(
+                    tables.error(worst[f"{what}_abs"])
+                    + ("" if dtype == "float64" else f" ({tables.error(worst[f'careful_{what}_abs'])})")
+                    for what in ("loss", "gradient")
+                ),
+                "holds" if holds else "**broken**",
+            ]
+        )
+    if not lines:
+        return ""
+    header = ["", "logits", "loss: largest error (careful)", "gradient: largest error (careful)", "bound"]
+    return _markdown(header, lines) + _source([document], [row.run for row in rows])
+
+
+TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {"speed": speed, "chips": chips, "parity": parity}
