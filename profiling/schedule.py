@@ -48,10 +48,7 @@ def _job(request: Request, place: str, case: Case, contender: Contender, mode: s
     def measure() -> dict[str, Any]:
         return (on_tpu if place in targets.TPU else on_cuda)(place, case, contender, mode)
 
-    reason = ""
-    if request.quick and place in targets.TPU and contender.slow:
-        reason = "--quick compiles for a TPU what takes seconds, not a minute"
-    return Job("schedule", place, case, contender, mode, measure, reason)
+    return Job("schedule", place, case, contender, mode, measure, request.left_out(place, contender))
 
 
 def measure(session: Session) -> None:

@@ -42,6 +42,11 @@ class Request:
         """Whether everything is measured on this case: a main one, or one that was asked for by name."""
         return self.case is not None or case.name in cases.MAIN
 
+    def left_out(self, place: str, contender: Contender) -> str:
+        """Why --quick doesn't compile a contender for a place, or nothing."""
+        slow = self.quick and place in targets.TPU and contender.slow
+        return "--quick compiles for a TPU what takes seconds, not a minute" if slow else ""
+
     def with_ours(self, place: str) -> tuple[Contender, ...]:
         """The contenders at a place, with the one of ours that all others are compared with."""
         default = contenders.default(place)

@@ -25,8 +25,9 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import train_phenotypes  # noqa: E402
+from tiny_problem import tiny_problem  # noqa: E402
 
-from phenotypes import checkpoints, data, groups, interruption, settings, training  # noqa: E402
+from phenotypes import checkpoints, interruption, settings, training  # noqa: E402
 from phenotypes.linen_classifier import LinenTrainer  # noqa: E402
 from phenotypes.nnx_classifier import NNXTrainer  # noqa: E402
 
@@ -113,30 +114,9 @@ def test_kept_are_the_newest_two_and_every_finished_run(tmp_path):
         store(tmp_path, "--resume").keeper("run 1").restore(Arrays(0))
 
 
-def tiny_problem():
-    rng = np.random.default_rng(0)
-    number, labels = 200, 30
-    diseases = data.Diseases(
-        ids=[f"OMIM:{i}" for i in range(number)],
-        names=[f"disease {i} of {i % 7}" for i in range(number)],
-        genes=[()] * number,
-        positives=[np.sort(rng.permutation(labels)[:3]).astype(np.int32) for _ in range(number)],
-        labels=[f"HP:{i}" for i in range(labels)],
-        release="2001-02-03",
-    )
-    sizes = settings.Sizes(labels=labels, buckets=512, width=8)
-    return training.Problem(
-        diseases=diseases,
-        split=groups.split(np.arange(number)),
-        sizes=sizes,
-        ids=data.feature_ids(diseases, buckets=sizes.buckets, length=sizes.features),
-        counts=np.ones(labels),
-    )
-
-
 @pytest.mark.parametrize("make_trainer", [NNXTrainer, LinenTrainer])
 def test_ctrl_c_saves_the_step_and_the_rest_is_bit_for_bit_an_undisturbed_run(tmp_path, make_trainer):
-    problem = tiny_problem()
+    problem = tiny_problem(diseases=200, labels=30)
     plan = training.Plan(3, 32, 1e-2, 0, np.full(problem.sizes.labels, -5, np.float32))
     total = 3 * (len(problem.split.train) // 32)
     console = rich.console.Console(file=io.StringIO())

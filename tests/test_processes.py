@@ -26,8 +26,9 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import train_phenotypes  # noqa: E402
+from tiny_problem import tiny_problem  # noqa: E402
 
-from phenotypes import cluster, data, errors, groups, interruption, launcher, settings, training  # noqa: E402
+from phenotypes import cluster, errors, interruption, launcher, settings, training  # noqa: E402
 from phenotypes.layout import Layout  # noqa: E402
 from phenotypes.linen_classifier import LinenTrainer  # noqa: E402
 from phenotypes.nnx_classifier import NNXTrainer  # noqa: E402
@@ -40,30 +41,9 @@ SIZES = ("--max-diseases", 300, "--batch-size", 32, "--loss", "bce")  # 7 steps 
 # A run of three steps
 
 
-def problem():
-    rng = np.random.default_rng(0)
-    number, labels = 130, 32
-    diseases = data.Diseases(
-        ids=[f"OMIM:{i}" for i in range(number)],
-        names=[f"disease {i} of {i % 7}" for i in range(number)],
-        genes=[()] * number,
-        positives=[np.sort(rng.permutation(labels)[:3]).astype(np.int32) for _ in range(number)],
-        labels=[f"HP:{i}" for i in range(labels)],
-        release="2001-02-03",
-    )
-    sizes = settings.Sizes(labels=labels, buckets=512, width=8)
-    return training.Problem(
-        diseases=diseases,
-        split=groups.split(np.arange(number)),
-        sizes=sizes,
-        ids=data.feature_ids(diseases, buckets=sizes.buckets, length=sizes.features),
-        counts=np.ones(labels),
-    )
-
-
 def train(trainer, layout=None, stop=None, epochs=1):
     """The losses of all steps, the test logits and the trainer's state, of three steps an epoch."""
-    ours = problem()
+    ours = tiny_problem(diseases=130, labels=32)
     plan = training.Plan(epochs, 32, 1e-2, 0, np.full(ours.sizes.labels, -2, np.float32))
     losses = []
 
@@ -111,7 +91,7 @@ def test_a_mesh_in_one_process_equals_one_device_and_the_head_and_its_moments_ar
 
 
 def test_a_process_makes_the_labels_of_its_devices_and_no_others():
-    ours = problem()
+    ours = tiny_problem(diseases=130, labels=32)
     asked = []
 
     def block(rows, columns):

@@ -34,8 +34,9 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     memory would.
     """
     tiling = cpu_tiling(*operands.logits.shape)
-    whole = (tiling.rows, tiling.classes) == operands.logits.shape
-    if whole or (task.value != "rows" and not (task.value and task.gradient)):
+    one_block = (tiling.rows, tiling.classes) == operands.logits.shape
+    one_result = task.value is None or (task.value == "elements" and not task.gradient)
+    if one_block or one_result:
         return run(task, operands, CPU)
     gradient = run(dataclasses.replace(task, value=None), operands, CPU).gradient if task.gradient else None
     return Result(_value(dataclasses.replace(task, gradient=False), operands, tiling), gradient)
