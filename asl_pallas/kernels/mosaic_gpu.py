@@ -234,11 +234,10 @@ class _Kernel:
             pl.when(stage < units * tiling.steps)(functools.partial(fetch, jnp.int32(stage)))
 
         @pl.loop(0, units)
-        def _(k: Array) -> None:
+        def _walk_a_span(k: Array) -> None:
             start = self.spread(jnp.float32(0)) if self.task.value == "rows" else jnp.float32(0)
-            partial = lax.fori_loop(
-                jnp.int32(0), jnp.int32(tiling.steps), lambda c, p: compute(k * tiling.steps + c, p), start
-            )
+            first, steps = k * tiling.steps, jnp.int32(tiling.steps)
+            partial = lax.fori_loop(jnp.int32(0), steps, lambda c, p: compute(first + c, p), start)
             if self.task.value == "rows":
                 outputs["value"][program + k * tiling.programs] = jnp.sum(partial)
 
