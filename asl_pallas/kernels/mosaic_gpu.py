@@ -25,7 +25,7 @@ from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
-from asl_pallas.kernels.versions import mosaic_gpu_kernel, result_like
+from asl_pallas.kernels.versions import mosaic_gpu_kernel, vary_alike
 
 # The copy engine's: addresses and sizes of a plain copy, elements that a copy through a tensor map has at most along a
 # dimension, and the last element that one can start at.
@@ -82,14 +82,15 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     # vmap one by one: the engine wants strides of 16 bytes, which a flat array's do not have once they are batched.
     @jax.custom_batching.sequential_vmap
     def call(*arrays: Array) -> list[Array]:
-        shapes = [result_like(arrays[0], (output.size,), output.dtype) for output in outputs.values()]
+        shapes = [jax.ShapeDtypeStruct((output.size,), output.dtype) for output in outputs.values()]
         name = "asl_pallas_" + "_and_".join(outputs)
         run = mosaic_gpu_kernel(kernel, shapes, kernel.scratch(), tiling.programs, name, interpret)
         return run(*(array.reshape(-1) for array in arrays))
 
+    # plgpu.kernel forgets which manual mesh axes its results vary over.
+    results, _ = vary_alike((call(*arrays.values()), operands.logits))
     found = {
-        name: result.reshape(output.shape)
-        for (name, output), result in zip(outputs.items(), call(*arrays.values()), strict=True)
+        name: result.reshape(output.shape) for (name, output), result in zip(outputs.items(), results, strict=True)
     }
     if task.value == "rows":
         found["value"] = jnp.sum(found["value"], axis=1)
@@ -97,10 +98,10 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
 
 
 def _loadable(array: Array, classes: int) -> Array:
-    """As the engine brings it, or as it is loaded a number at a time. Of what is large, this changes nothing."""
-    if array.shape[1] == classes:
-        return array.astype(jnp.int8) if array.dtype == jnp.bool_ else array
-    return array.astype(jnp.float32 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int32)
+    """As the engine brings it, or as it is loaded a number at a time. Of what is large, 64-bit weights alone change."""
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.int8 if array.shape[1] == classes else jnp.int32)
+    return array.astype(jnp.float32) if array.dtype.itemsize == 8 or array.shape[1] < classes else array
 
 
 def _divmod(n: Array, by: int) -> tuple[Array, Array]:
