@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, PartitionSpec
 
 from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.logarithm import log
@@ -62,6 +63,16 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if rows * classes > _LAST_ELEMENT:
         raise NotImplementedError(
             f"mosaic_gpu counts at most {_LAST_ELEMENT} elements a device, and has {rows}x{classes}"
+        )
+    sharding = jax.typeof(operands.logits).sharding
+    if any(sharding.spec):
+        # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.
+        whole = jax.tree.map(lambda array: jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())), operands)
+        value, gradient = run(task, whole, interpret=interpret)
+        by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+        return Result(
+            None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),
+            None if gradient is None else jax.reshard(gradient, sharding),
         )
     arrays = {name: _loadable(array, classes) for name, array in operands.arrays().items()}
     if operands.scalars is not None:
