@@ -50,14 +50,20 @@ class Arithmetic:
 
     Attributes:
       log, reciprocal: of numbers between 1e-35 and 1e35. The logarithm alone need not keep a NaN.
+      log1p: of numbers between -0.5 and 0.
+      quotient: of any numbers, to half a unit in the last place or nearly.
       at_least, at_most: the larger, or smaller, of an array and a bound. By selects: as one instruction max and min
         drop a NaN on a GPU, and jnp's, which keep it, are five on a CPU.
+      constant: what has no derivative.
     """
 
     log: Callable[[Array], Array] = jnp.log
+    log1p: Callable[[Array], Array] = jnp.log1p
     reciprocal: Callable[[Array], Array] = _reciprocal
+    quotient: Callable[[Array, Array], Array] = _quotient
     at_least: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
     at_most: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
+    constant: Callable[[Array], Array] = lax.stop_gradient
 
 
 EXACT = Arithmetic()
@@ -144,7 +150,7 @@ class AsymmetricLoss:
         else:
             # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
             log = -jnp.log(rest)
-            log = jnp.where(m < 0.5, -jnp.log1p(-chip.at_most(m, 0.5)), log)
+            log = jnp.where(m < 0.5, -chip.log1p(-chip.at_most(m, 0.5)), log)
         log = chip.at_least(log, 0.0)
         # Beyond the limit a loss without a margin goes on as a straight line; below it the line is lower.
         if _is_static(self.clip):
@@ -153,13 +159,13 @@ class AsymmetricLoss:
             line = _select(margin == 0.0, u, 0.0)
         loss = chip.at_least(log, line)
 
-        focus = self._power(m, positive)
+        focus = self._power(m, positive, chip)
         if self.stop_focus_gradient:
-            focus = lax.stop_gradient(focus) if isinstance(focus, Array) else focus
+            focus = chip.constant(focus) if isinstance(focus, Array) else focus
         value = focus * loss
         if not gradient:
             return value, value
-        slope = 0.0 if self.stop_focus_gradient else self._power(m, positive, derived=True)
+        slope = 0.0 if self.stop_focus_gradient else self._power(m, positive, chip, derived=True)
         if over is None:
             return value, wrong * (focus + slope * (log * right)) * sign
         return value, wrong * (right * (focus * over + slope * log)) * sign
@@ -173,7 +179,7 @@ class AsymmetricLoss:
         """Both sides have a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
         return all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
 
-    def _power(self, m: Array, positive: Array | bool, derived: bool = False) -> Array | float:
+    def _power(self, m: Array, positive: Array | bool, chip: Arithmetic, derived: bool = False) -> Array | float:
         """m^gamma of the element's own side, 0 below the margin; or its derivative, gamma * m^(gamma - 1)."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(_is_chain(gamma) for gamma in sides):
@@ -181,7 +187,7 @@ class AsymmetricLoss:
             inside = m > 0.0
             base = jnp.where(inside, m, 1.0)
             power = jnp.where(inside, jnp.exp(gamma * jnp.log(base)), 0.0)
-            return gamma * _quotient(power, base) if derived else power
+            return gamma * chip.quotient(power, base) if derived else power
 
         def power_of(gamma: float) -> Array | float:
             if derived:
@@ -195,7 +201,9 @@ class AsymmetricLoss:
 
 
 def _power(m: Array, n: float) -> Array | float:
-    return 1.0 if n == 0 else lax.integer_pow(m, int(n))
+    if n in (0, 1):
+        return m if n else 1.0
+    return lax.integer_pow(m, int(n))
 
 
 def _is_static(number: Scalar) -> bool:

@@ -78,7 +78,8 @@ def evaluate(
     """Loss and gradient of sum(cotangent * loss), compiled; what `traced` names comes as a traced scalar."""
     dynamic = {name: options.pop(name) for name in (*ARRAYS, *traced) if options.get(name) is not None}
     static = tuple(sorted(options.items()))
-    mode = kernels.interpret_mode() if implementation in KERNELS else contextlib.nullcontext()
+    interpret = implementation in kernels.LOADS and jax.default_backend() == "cpu"
+    mode = kernels.interpret_mode() if interpret else contextlib.nullcontext()
     with mode:
         value, slope = _compiled(implementation, static)(
             jnp.asarray(logits),

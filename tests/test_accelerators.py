@@ -9,6 +9,7 @@ import pytest
 from cases import GAMMAS_AND_CLIP, assert_parity, cotangent_of, labels_of, logits_of
 
 from asl_pallas import asymmetric_loss
+from asl_pallas.kernels.versions import lacks_mosaic_gpu
 
 BACKENDS = {"triton": "gpu", "mosaic_tpu": "tpu"}
 CUSTOM_CALLS = {"triton": "gpu.triton", "mosaic_tpu": "tpu_custom_call"}
@@ -67,6 +68,23 @@ def test_infinite_and_nan_logits_give_limits_and_nan(kernel, clip):
     y = np.repeat(np.array([[0], [1]], np.int8), x.shape[1], axis=1)
     assert_parity(x, y, implementation=None, clip=clip, axis=(), cotangent=np.ones(x.shape, np.float32))
     assert jnp.isnan(asymmetric_loss(jnp.float32([jnp.nan, 1.0]), jnp.int8([0, 1]), clip=clip))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(1, 128), (33, 257), (300, 1000), (33, 9605), (300, 8192), (3000, 136), (1, 100_000)]
+)
+@pytest.mark.parametrize(("logits", "labels"), [("float32", "int8"), ("bfloat16", "int8"), ("float16", "float32")])
+def test_mosaic_gpu_by_name_matches_float64(shape, logits, labels):
+    """Plain copies and tensor maps, stores by the engine and by the threads, spans of one row and many rows."""
+    if jax.default_backend() != "gpu" or float(getattr(jax.devices()[0], "compute_capability", 0)) < 9:
+        pytest.skip("needs a Hopper GPU or a later one")
+    if reason := lacks_mosaic_gpu():
+        pytest.skip(reason)
+    x, y = logits_of(shape, dtype=logits), labels_of(shape, dtype=labels)
+    assert_parity(x, y, implementation="mosaic_gpu")
+    assert_parity(x, y, implementation="mosaic_gpu", gamma_neg=0, gamma_pos=0.5, clip=0)
+    assert_parity(x, y, implementation="mosaic_gpu", axis=())
 
 
 def test_second_derivatives_and_vmap_run_on_the_chip(kernel):

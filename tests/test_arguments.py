@@ -145,11 +145,6 @@ def test_a_kernel_by_name_says_on_a_cpu_which_platform_it_needs(kernel):
             call(x, y, implementation=kernel)
 
 
-def test_mosaic_gpu_has_its_place_in_the_choice_and_says_that_it_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
-        asymmetric_loss(logits_of(SHAPE), labels_of(SHAPE), implementation="mosaic_gpu")
-
-
 def test_lists_and_python_numbers_are_taken_as_arrays():
     value = asymmetric_loss([[1.5, -2.0]], [[1, 0]], where=[True, False], weights=[2.0, 1.0], pos_weight=3)
     truth = float64.asymmetric_loss([[1.5, -2.0]], [[1, 0]], where=[True, False], weights=[2.0, 1.0], pos_weight=3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from asl_pallas import asymmetric_loss
+from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from profiling import bounds, targets
 
 S = jax.ShapeDtypeStruct
@@ -231,3 +234,62 @@ def test_on_h100_nothing_spills_and_aligned_rows_load_16_bytes(f, shape):
     assert 16 <= kernel.registers <= 64
     if shape[1] % 16 == 0:
         assert max(kernel.loads) == 16
+
+
+@pytest.fixture
+def mosaic_gpu() -> Callable[..., Any]:
+    """The loss by our Mosaic GPU kernel, or a skip: 0.10 hasn't what it is written for."""
+    if reason := lacks_mosaic_gpu():
+        pytest.skip(reason)
+    available("h100")
+    return functools.partial(asymmetric_loss, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize("case", [case for case in ARGUMENTS if case != "where by element"])
+def test_every_argument_compiles_into_the_mosaic_gpu_kernel_without_temporaries(mosaic_gpu, case):
+    static, arrays = ARGUMENTS[case]
+
+    def f(x: Any, y: Any, arrays: Any) -> Any:
+        return jax.value_and_grad(lambda x: mosaic_gpu(x, y, **static, **arrays).sum())(x)
+
+    compiled = targets.compile_for("h100", f, *operands(), arrays)
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text())) == 1
+    assert targets.temporary_bytes(compiled) <= FEW
+
+
+@pytest.mark.parametrize("case", ["vmap", "float16", "float32 labels", "many leading dimensions", "64-bit types"])
+def test_any_call_compiles_into_the_mosaic_gpu_kernel(mosaic_gpu, case):
+    def f(x: Any, y: Any) -> Any:
+        return jax.value_and_grad(lambda x: mosaic_gpu(x, y).sum())(x)
+
+    shape, dtypes = {
+        "float16": ((33, 257), ("float16", "int8")),
+        "float32 labels": (SHAPE, ("float32", "float32")),
+        "many leading dimensions": ((2, 3, 5, 257), ("bfloat16", "uint8")),
+    }.get(case, ((3, 64, 1000), ("bfloat16", "int32")))
+    with jax.enable_x64(case == "64-bit types"):
+        compiled = targets.compile_for("h100", jax.vmap(f) if case == "vmap" else f, *operands(shape, *dtypes))
+    assert 'custom_call_target="mosaic_gpu' in compiled.as_text()
+    assert targets.temporary_bytes(compiled) <= FEW
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4096, 9605)])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_mosaic_gpu_kernel_loads_by_the_copy_engine_and_spills_nothing(
+    mosaic_gpu, gradient, shape, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))  # of what this process hasn't compiled before
+
+    def f(x: Any, y: Any) -> Any:
+        return mosaic_gpu(x, y).sum()
+
+    targets.compile_for("h100", jax.value_and_grad(f) if gradient else f, *operands(shape))
+    (report,), (ptx,) = ([path.read_text() for path in tmp_path.glob(pattern)] for pattern in ("*.ptxas", "*.ptx"))
+    assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"]
+    (registers,) = re.findall(r"Used (\d+) registers", report)
+    assert 16 <= int(registers) <= 64
+    plain, mapped = "cp.async.bulk.shared::cta.global", "cp.async.bulk.tensor.1d.shared::cta.global"
+    aligned = shape[1] % 16 == 0
+    assert (plain in ptx, mapped in ptx) == (aligned, not aligned)
+    assert "ld.global" not in ptx
+    assert ("cp.async.bulk.global.shared::cta" in ptx) == (gradient and aligned)

@@ -16,10 +16,13 @@ from jax import Array
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Result, Task
-from asl_pallas.kernels.versions import vary_alike
+from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES
+from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
 
-# The name that a caller may ask for -> the platform that its kernel is lowered for. mosaic_gpu has no kernel yet.
+# The name that a caller may ask for -> the platform that its kernel is lowered for.
 PLATFORMS: dict[str, Any] = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
+# What implementation=None picks for a platform. On Hopper and later the other is mosaic_gpu, not measured yet.
+CHOSEN = ("mosaic_tpu", "triton")
 # The dtypes of logits, labels and where that a kernel can load.
 LOADS = {
     "mosaic_tpu": ("float32", "bfloat16", "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32"),
@@ -27,6 +30,7 @@ LOADS = {
         *("float32", "bfloat16", "float16", "bool"),
         *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     ),
+    "mosaic_gpu": ("float32", "bfloat16", "float16", "int8", "int16", "int32", "uint8", "uint16", "uint32"),
 }
 # The jnp formula in one expression on every platform, for what the library itself decides to leave to XLA.
 PLAIN = "plain"
@@ -53,15 +57,24 @@ def refusal(implementation: str, operands: Operands) -> str | None:
     if implementation == "xla":
         return None
     if implementation == "mosaic_gpu":
-        return "this version of asl_pallas has no Mosaic GPU kernel; 'triton' serves every CUDA GPU"
+        if lacking := lacks_mosaic_gpu():
+            return lacking
+        if (classes := operands.logits.shape[-1]) < MOSAIC_GPU_CLASSES:
+            return f"it walks rows of at least {MOSAIC_GPU_CLASSES} classes, and the logits have {classes}"
     if operands.logits.dtype == jnp.float64:
         return "it computes in float32 and the logits are float64; 'xla' computes in float64"
     supported = LOADS[implementation]
     for name in ("logits", "labels", "where"):
         operand = getattr(operands, name)
-        if operand is not None and operand.dtype.name not in supported:
+        if operand is not None and operand.dtype.name not in supported and not _is_converted(implementation, operand):
             return f"it loads no {operand.dtype.name} {name}; it loads {', '.join(supported)}"
     return None
+
+
+def _is_converted(implementation: str, operand: Array) -> bool:
+    """A mask that is constant along examples or classes is so small that it may be converted first."""
+    *leading, classes = operand.shape
+    return implementation == "mosaic_gpu" and operand.dtype == jnp.bool_ and (classes == 1 or math.prod(leading) == 1)
 
 
 def run(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
@@ -85,7 +98,9 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
         return by_platform(operands, plain, cpu=streamed, default=plain)
     if implementation is None:
         kernels = {
-            PLATFORMS[name]: functools.partial(_kernel, name, task) for name in LOADS if refusal(name, operands) is None
+            PLATFORMS[name]: functools.partial(_kernel, name, task)
+            for name in CHOSEN
+            if refusal(name, operands) is None
         }
         return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
     kernel = functools.partial(_kernel, implementation, task)

@@ -35,6 +35,17 @@ _TRITON_ELEMENTS = 1024
 _TRITON_WARPS = 4
 # 132 multiprocessors of an H100 with eight programs each.
 _TRITON_PROGRAMS = 1056
+_WARPGROUP = 128
+MOSAIC_GPU_CLASSES = _WARPGROUP
+# With 1024 elements in registers a thread has 93 of them.
+_MOSAIC_GPU_TILE = 512
+_MOSAIC_GPU_CHUNKS = (1024, 512, 256, 128)
+# 132 multiprocessors of an H100 with eight programs each.
+_MOSAIC_GPU_PROGRAMS = 1056
+# Where there is more than that, chunks to each: as many as hide how a program starts, and no more, since how many
+# programs are on the chip at a time depends on their registers.
+_MOSAIC_GPU_STEPS = 16
+_MOSAIC_GPU_STAGES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +103,31 @@ def triton_tiling(rows: int, classes: int) -> TritonTiling:
     spans = min(math.ceil(classes / chunk), math.ceil(_TRITON_PROGRAMS / programs))
     span = _round_up(math.ceil(classes / spans), chunk)
     return TritonTiling(block_rows, span, chunk, warps=_TRITON_WARPS, stages=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuTiling:
+    """Programs, a warpgroup each, that share out the rows' spans of classes; a span is walked in `steps` chunks."""
+
+    programs: int
+    spans: int
+    steps: int
+    chunk: int  # what the copy engine brings
+    tile: int  # what is in registers
+    vector: int  # neighbouring elements in a thread's registers
+    stages: int
+
+
+def mosaic_gpu_tiling(rows: int, classes: int, logits_bytes: int, vectors: bool) -> MosaicGpuTiling:
+    """For rows of at least `MOSAIC_GPU_CLASSES`; with `vectors`, a thread's elements make 16 bytes where they can."""
+    chunk = min((c for c in _MOSAIC_GPU_CHUNKS if c <= classes), key=lambda c: (_round_up(classes, c), -c))
+    chunks = math.ceil(classes / chunk)
+    steps = math.ceil(chunks / min(chunks, math.ceil(_MOSAIC_GPU_PROGRAMS / rows)))
+    spans = math.ceil(chunks / steps)
+    tile = min(chunk, _MOSAIC_GPU_TILE)
+    vector = min(tile // _WARPGROUP, 16 // logits_bytes) if vectors else 1
+    programs = min(rows * spans, max(_MOSAIC_GPU_PROGRAMS, rows * spans * steps // _MOSAIC_GPU_STEPS))
+    return MosaicGpuTiling(programs, spans, steps, chunk, tile, vector, _MOSAIC_GPU_STAGES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -49,3 +49,28 @@ def quiet_triton() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         yield
+
+
+def lacks_mosaic_gpu() -> str | None:
+    """Why this JAX can't run our Mosaic GPU kernel, or None: 0.10 has it under other names and no interpreter."""
+    if jax.__version_info__ >= (0, 11):
+        return None
+    return f"it is written for Mosaic GPU as of JAX 0.11, and this is {jax.__version__}; 'triton' serves"
+
+
+def mosaic_gpu_kernel(
+    body: Callable[..., None], results: Any, scratch: dict[str, Any], programs: int, name: str, interpret: bool
+) -> Callable[..., Any]:
+    """A Mosaic GPU kernel whose programs, a warpgroup each, know their number as the axis "program"; from 0.11."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.kernel(
+        body,
+        out_type=results,
+        scratch_types=scratch,
+        grid=(programs,),
+        grid_names=("program",),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+    )

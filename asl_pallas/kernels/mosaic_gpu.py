@@ -1,0 +1,261 @@
+"""Pallas for Hopper and later, through Mosaic GPU: the copy engine brings chunks of rows, a warpgroup computes on them.
+
+The arrays are flat to the copy engine, which can start at any element of a flat array, so that rows of any length are
+served alike: a row's last chunk starts early enough to be whole. What it computes twice comes out the same twice; only
+the sum must not count it again. The programs stay on the chip and take one span of a row after the other; while a chunk
+is computed the next ones are on their way, across the ends of spans too.
+
+Where all rows start at multiples of 16 bytes, one operation of the engine brings a chunk, and one takes the gradient
+away. Where they don't, it brings the chunk in pieces through a tensor map, but Mosaic gives it no such way out: there
+the threads write to memory themselves, each beside its neighbour.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import NamedSharding, PartitionSpec
+
+from asl_pallas.formula import Arithmetic
+from asl_pallas.kernels.logarithm import log
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
+from asl_pallas.kernels.versions import mosaic_gpu_kernel, vary_alike
+
+# The copy engine's: addresses and sizes of a plain copy, elements that a copy through a tensor map has at most along a
+# dimension, and the last element that one can start at.
+_ALIGNMENT = 16
+_PIECE = 256
+_LAST_ELEMENT = 2**31 - 1
+
+
+def _log1p(x: Array) -> Array:
+    """2 artanh(x / (2 + x)) by its series, which for x from -0.5 on has no need of a tenth term."""
+    s = x / (2.0 + x)
+    square = s * s
+    series = jnp.full_like(s, 1.0 / _TERMS[0])
+    for n in _TERMS[1:]:
+        series = series * square + 1.0 / n
+    return 2.0 * s * series
+
+
+_TERMS = range(17, 0, -2)
+# Mosaic GPU knows neither log1p nor stop_gradient, and on 0.11 no function with a derivative of its own.
+_GPU = Arithmetic(
+    log=log,
+    log1p=_log1p,
+    reciprocal=lambda z: 1.0 / z,
+    quotient=lambda n, d: n / d,
+    constant=lambda x: x,
+)
+
+
+def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
+    rows, classes = operands.logits.shape
+    if classes < MOSAIC_GPU_CLASSES:
+        raise NotImplementedError(f"mosaic_gpu walks rows of at least {MOSAIC_GPU_CLASSES} classes, and has {classes}")
+    if rows * classes > _LAST_ELEMENT:
+        raise NotImplementedError(
+            f"mosaic_gpu counts at most {_LAST_ELEMENT} elements a device, and has {rows}x{classes}"
+        )
+    sharding = jax.typeof(operands.logits).sharding
+    if any(sharding.spec):
+        # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.
+        whole = jax.tree.map(lambda array: jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())), operands)
+        value, gradient = run(task, whole, interpret=interpret)
+        by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+        return Result(
+            None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),
+            None if gradient is None else jax.reshard(gradient, sharding),
+        )
+    arrays = {name: _loadable(array, classes) for name, array in operands.arrays().items()}
+    if operands.scalars is not None:
+        arrays["scalars"] = operands.scalars
+    inputs = {name: _Shape(array.shape, array.dtype) for name, array in arrays.items()}
+    outputs = {}
+    if task.value is not None:
+        outputs["value"] = _Shape((rows, classes), compute_dtype(operands.logits.dtype))
+    if task.gradient:
+        outputs["gradient"] = _Shape((rows, classes), operands.logits.dtype)
+    stored = {name: output for name, output in outputs.items() if name == "gradient" or task.value == "elements"}
+    by_engine = all(output.is_aligned for output in stored.values())
+    tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
+    if task.value == "rows":
+        outputs["value"] = outputs["value"]._replace(shape=(rows, tiling.spans))
+    kernel = _Kernel(task, tiling, inputs, outputs, by_engine)
+
+    # vmap one by one: the engine wants strides of 16 bytes, which a flat array's do not have once they are batched.
+    @jax.custom_batching.sequential_vmap
+    def call(*arrays: Array) -> list[Array]:
+        shapes = [jax.ShapeDtypeStruct((output.size,), output.dtype) for output in outputs.values()]
+        name = "asl_pallas_" + "_and_".join(outputs)
+        run = mosaic_gpu_kernel(kernel, shapes, kernel.scratch(), tiling.programs, name, interpret)
+        return run(*(array.reshape(-1) for array in arrays))
+
+    # plgpu.kernel forgets which manual mesh axes its results vary over.
+    results, _ = vary_alike((call(*arrays.values()), operands.logits))
+    found = {
+        name: result.reshape(output.shape) for (name, output), result in zip(outputs.items(), results, strict=True)
+    }
+    if task.value == "rows":
+        found["value"] = jnp.sum(found["value"], axis=1)
+    return Result(found.get("value"), found.get("gradient"))
+
+
+def _loadable(array: Array, classes: int) -> Array:
+    """As the engine brings it, or as it is loaded a number at a time. Of what is large, 64-bit weights alone change."""
+    if array.dtype == jnp.bool_:
+        return array.astype(jnp.int8 if array.shape[1] == classes else jnp.int32)
+    return array.astype(jnp.float32) if array.dtype.itemsize == 8 or array.shape[1] < classes else array
+
+
+def _divmod(n: Array, by: int) -> tuple[Array, Array]:
+    """Of what isn't negative; jnp's, for any sign, is ten times the instructions."""
+    return lax.div(n, jnp.int32(by)), lax.rem(n, jnp.int32(by))
+
+
+class _Shape(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def size(self) -> int:
+        return functools.reduce(int.__mul__, self.shape)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Every row starts at a multiple of 16 bytes, and so do chunks of it."""
+        return self.shape[-1] * self.dtype.itemsize % _ALIGNMENT == 0
+
+
+class _Kernel:
+    """The program of one warpgroup. Its operands are flat; what it knows of their shapes comes before them."""
+
+    def __init__(
+        self,
+        task: Task,
+        tiling: MosaicGpuTiling,
+        inputs: dict[str, _Shape],
+        outputs: dict[str, _Shape],
+        by_engine: bool,
+    ):
+        self.task, self.tiling, self.inputs, self.outputs, self.by_engine = task, tiling, inputs, outputs, by_engine
+        self.rows, self.classes = inputs["logits"].shape
+        self.loaded = [name for name, i in inputs.items() if name != "scalars" and i.shape[1] == self.classes]
+        self.stored = [name for name in outputs if name == "gradient" or task.value == "elements"]
+        self.layout = plgpu.Layout.WG_STRIDED((tiling.tile,), tiling.vector)
+        self.__name__ = "asl_pallas"
+
+    def scratch(self) -> dict[str, Any]:
+        def buffers(shapes: dict[str, _Shape], names: list[str]) -> dict[str, Any]:
+            return {n: plgpu.SMEM((self.tiling.stages, self.tiling.chunk), shapes[n].dtype) for n in names}
+
+        copies = sum(self.tiling.chunk // self.piece(name) for name in self.loaded)
+        return {
+            "loads": buffers(self.inputs, self.loaded),
+            "stores": buffers(self.outputs, self.stored) if self.by_engine else {},
+            "arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=self.tiling.stages),
+        }
+
+    def piece(self, name: str) -> int:
+        """Elements of one copy."""
+        return self.tiling.chunk if self.inputs[name].is_aligned else min(self.tiling.chunk, _PIECE)
+
+    def __call__(self, *refs: Any, loads: dict[str, Any], stores: dict[str, Any], arrived: Any) -> None:
+        tiling = self.tiling
+        inputs = dict(zip(self.inputs, refs, strict=False))
+        outputs = dict(zip(self.outputs, refs[len(inputs) :], strict=True))
+        program = lax.axis_index("program")
+        units, _ = _divmod(self.rows * tiling.spans - program + (tiling.programs - 1), tiling.programs)
+        task = self.task
+        if "scalars" in inputs:
+            task = task.bind(self.spread(inputs["scalars"][k]) for k in range(self.inputs["scalars"].size))
+
+        def place(step: Array) -> tuple[Array, Array, Array]:
+            """The row, the class that the chunk starts at, and how many of its elements the chunk before it has had."""
+            turn, c = _divmod(step, tiling.steps)
+            row, span = _divmod(program + turn * tiling.programs, tiling.spans)
+            first = (span * tiling.steps + c) * tiling.chunk
+            start = jnp.minimum(first, self.classes - tiling.chunk)
+            return row, start, first - start
+
+        def fetch(step: Array) -> None:
+            row, start, _ = place(step)
+            _, slot = _divmod(step, tiling.stages)
+            for name, buffer in loads.items():
+                first = start if self.inputs[name].shape[0] == 1 else row * self.classes + start
+                piece = self.piece(name)
+                for k in range(0, tiling.chunk, piece):
+                    plgpu.copy_gmem_to_smem(
+                        inputs[name].at[pl.ds(first + k, piece)],
+                        buffer.at[slot, pl.ds(k, piece)],
+                        arrived.at[slot],
+                        # A plain copy where nothing lies out of bounds, or else one through a tensor map.
+                        oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS if self.inputs[name].is_aligned else None,
+                    )
+
+        def compute(step: Array, partial: Array) -> Array:
+            row, start, repeated = place(step)
+            _, slot = _divmod(step, tiling.stages)
+            plgpu.barrier_wait(arrived.at[slot])
+            if stores:
+                plgpu.wait_smem_to_gmem(tiling.stages - 1, wait_read_only=True)
+
+            def tile(first: Array, partial: Array) -> Array:
+                at = pl.ds(first, tiling.tile)
+
+                def load(name: str) -> Array:
+                    if name in loads:
+                        return plgpu.load(loads[name].at[slot, at], layout=self.layout)
+                    return self.spread(inputs[name][row if self.inputs[name].shape[0] > 1 else 0])
+
+                operands = Operands(**{name: load(name) for name in inputs if name != "scalars"})
+                result = task.evaluate(operands, chip=_GPU)
+                for name in self.stored:
+                    part = getattr(result, name).astype(self.outputs[name].dtype)
+                    if name in stores:
+                        stores[name][slot, at] = part
+                    else:
+                        outputs[name][pl.ds(row * self.classes + start + first, tiling.tile)] = part
+                if self.task.value != "rows":
+                    return partial
+                value = result.value
+                if tiling.spans * tiling.steps * tiling.chunk != self.classes:
+                    index = plgpu.layout_cast(lax.iota(jnp.int32, tiling.tile), self.layout)
+                    value = jnp.where(index >= repeated - first, value, jnp.zeros_like(value))
+                return partial + value
+
+            tiles = jnp.int32(tiling.chunk // tiling.tile)
+            partial = lax.fori_loop(jnp.int32(0), tiles, lambda k, p: tile(k * tiling.tile, p), partial)
+            if stores:
+                plgpu.commit_smem()
+                for name, buffer in stores.items():
+                    target = outputs[name].at[pl.ds(row * self.classes + start, tiling.chunk)]
+                    plgpu.copy_smem_to_gmem(buffer.at[slot], target, commit_group=False)
+                plgpu.commit_smem_to_gmem_group()
+            pl.when(step + tiling.stages < units * tiling.steps)(lambda: fetch(step + tiling.stages))
+            return partial
+
+        for stage in range(tiling.stages):
+            pl.when(stage < units * tiling.steps)(functools.partial(fetch, jnp.int32(stage)))
+
+        @pl.loop(0, units)
+        def _walk_a_span(k: Array) -> None:
+            start = self.spread(jnp.float32(0)) if self.task.value == "rows" else jnp.float32(0)
+            first, steps = k * tiling.steps, jnp.int32(tiling.steps)
+            partial = lax.fori_loop(jnp.int32(0), steps, lambda c, p: compute(first + c, p), start)
+            if self.task.value == "rows":
+                outputs["value"][program + k * tiling.programs] = jnp.sum(partial)
+
+        if stores:
+            plgpu.wait_smem_to_gmem(0)
+
+    def spread(self, scalar: Array) -> Array:
+        """A tile of one number: Mosaic GPU broadcasts no predicate of a select by itself."""
+        return plgpu.layout_cast(jnp.broadcast_to(scalar, (self.tiling.tile,)), self.layout)
