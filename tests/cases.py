@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,6 +68,31 @@ def cotangent_of(shape: tuple[int, ...], seed: int = 2) -> NDArray[Any]:
     return np.asarray(ct, np.float32)
 
 
+@contextlib.contextmanager
+def interpreted(implementation: str | None) -> Iterator[None]:
+    """A kernel by name runs in Pallas's interpreter; what anything else runs is as it is."""
+    if implementation not in KERNELS:
+        yield
+        return
+    with kernels.interpret_mode(), optimising(False):
+        yield
+
+
+@contextlib.contextmanager
+def optimising(wanted: bool) -> Iterator[None]:
+    """Whether LLVM works on what XLA compiles for the CPU meanwhile.
+
+    The interpreter's programs are large, run once and stand for another chip's: optimising them is half of these tests'
+    time. The CPU's own path and the yardsticks are compiled as a user's program is.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 def evaluate(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -78,8 +105,7 @@ def evaluate(
     """Loss and gradient of sum(cotangent * loss), compiled; what `traced` names comes as a traced scalar."""
     dynamic = {name: options.pop(name) for name in (*ARRAYS, *traced) if options.get(name) is not None}
     static = tuple(sorted(options.items()))
-    mode = kernels.interpret_mode() if implementation in KERNELS else contextlib.nullcontext()
-    with mode:
+    with interpreted(implementation):
         value, slope = _compiled(implementation, static)(
             jnp.asarray(logits),
             jnp.asarray(labels),
@@ -138,17 +164,7 @@ def careful_pair(
     w = f32(1) if weights is None else np.asarray(weights).astype(f32)
 
     def side(label: float) -> Pair:
-        sided = jnp.full(x.shape, label, jnp.float32)
-        value, pull = jax.vjp(
-            lambda x: closed_form.asymmetric_loss(x, sided, gamma_neg, gamma_pos, clip), jnp.asarray(x)
-        )
-        slope = pull(jnp.ones_like(value))[0]
-        if stop_focus_gradient:  # the slope without focus, under the focus as a factor
-            p, q = jax.nn.sigmoid(jnp.asarray(x)), jax.nn.sigmoid(-jnp.asarray(x))
-            bare = jax.grad(lambda x: closed_form.asymmetric_loss(x, sided, 0.0, 0.0, clip).sum())
-            focus = jnp.power(q, gamma_pos) if label else jnp.power(jnp.maximum(p - clip, 0), gamma_neg)
-            slope = focus * bare(jnp.asarray(x))
-        return np.asarray(value), np.asarray(slope)
+        return _careful_side(x.tobytes(), x.shape, label, gamma_neg, gamma_pos, clip, stop_focus_gradient)
 
     def mix(positive: NDArray[Any], negative: NDArray[Any]) -> NDArray[Any]:
         mixed = np.where(y != 0, y * np.where(y != 0, positive, f32(0)) * pw, f32(0))
@@ -159,6 +175,30 @@ def careful_pair(
     value = np.asarray(jnp.sum(mix(of_positive, of_negative), axis))
     outer = float64.spread(cotangent, x.shape, axis).astype(f32)
     return value, np.where(kept, mix(up, down) * outer, f32(0))
+
+
+@functools.lru_cache(maxsize=256)
+def _careful_side(
+    logits: bytes, shape: tuple[int, ...], label: float, gamma_neg: float, gamma_pos: float, clip: float, stop: bool
+) -> Pair:
+    """Loss and slope of each element with one label. Each implementation is held against the same, so it is kept.
+
+    Operation by operation, each of which XLA compiles for each shape: padded to one of few lengths.
+    """
+    x = np.frombuffer(logits, np.float32)
+    length = 4 ** max(5, math.ceil(math.log(max(x.size, 1), 4)))
+    padded = jnp.asarray(np.pad(x, (0, length - x.size)))
+    sided = jnp.full(length, label, jnp.float32)
+    with optimising(True):
+        value, pull = jax.vjp(lambda x: closed_form.asymmetric_loss(x, sided, gamma_neg, gamma_pos, clip), padded)
+        slope = pull(jnp.ones_like(value))[0]
+        if stop:  # the slope without focus, under the focus as a factor
+            p, q = jax.nn.sigmoid(padded), jax.nn.sigmoid(-padded)
+            bare = jax.grad(lambda x: closed_form.asymmetric_loss(x, sided, 0.0, 0.0, clip).sum())
+            focus = jnp.power(q, gamma_pos) if label else jnp.power(jnp.maximum(p - clip, 0), gamma_neg)
+            slope = focus * bare(padded)
+    of_loss, of_slope = (np.asarray(part)[: x.size].reshape(shape) for part in (value, slope))
+    return of_loss, of_slope
 
 
 def scaled_error(found: NDArray[Any], truth: NDArray[Any]) -> NDArray[Any]:

@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(params=["xla", "mosaic_tpu", "triton"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation by name, the kernels in interpret mode."""
-    from asl_pallas import kernels
+    from cases import interpreted
 
-    with kernels.interpret_mode():
+    with interpreted(request.param):
         yield request.param

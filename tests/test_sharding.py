@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
 from typing import Any
@@ -11,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import cotangent_of, labels_of, logits_of
+from cases import cotangent_of, interpreted, labels_of, logits_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from asl_pallas import asymmetric_loss, kernels
+from asl_pallas import asymmetric_loss
 
 SHAPE = (4, 8, 48)
 SPECS = [
@@ -62,10 +61,6 @@ def operands(dtype: str = "float32") -> tuple[Any, Any, dict[str, Any]]:
         "pos_weight": random.random(48).astype(np.float32),
     }
     return logits_of(SHAPE, dtype=dtype), labels_of(SHAPE), arrays
-
-
-def interpreted(implementation: str | None) -> Any:
-    return kernels.interpret_mode() if implementation else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("implementation", [None, "mosaic_tpu", "triton"])
