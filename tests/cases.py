@@ -105,7 +105,8 @@ def evaluate(
     """Loss and gradient of sum(cotangent * loss), compiled; what `traced` names comes as a traced scalar."""
     dynamic = {name: options.pop(name) for name in (*ARRAYS, *traced) if options.get(name) is not None}
     static = tuple(sorted(options.items()))
-    with interpreted(implementation):
+    # What is large runs longer than LLVM works on it.
+    with interpreted(implementation), optimising(implementation not in KERNELS or np.size(logits) > 2**19):
         value, slope = _compiled(implementation, static)(
             jnp.asarray(logits),
             jnp.asarray(labels),
@@ -186,7 +187,7 @@ def _careful_side(
     Operation by operation, each of which XLA compiles for each shape: padded to one of few lengths.
     """
     x = np.frombuffer(logits, np.float32)
-    length = 4 ** max(5, math.ceil(math.log(max(x.size, 1), 4)))
+    length = 4 ** max(5, math.ceil(math.log(max(x.size, 1), 4))) if x.size < 2**16 else x.size
     padded = jnp.asarray(np.pad(x, (0, length - x.size)))
     sided = jnp.full(length, label, jnp.float32)
     with optimising(True):
