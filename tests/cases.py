@@ -35,6 +35,9 @@ GAMMAS_AND_CLIP = [
 KERNELS = ("mosaic_tpu", "triton")
 ARRAYS = ("where", "weights", "pos_weight")
 HYPERPARAMETERS = ("gamma_neg", "gamma_pos", "clip")
+# For programs of Pallas's interpreter, beside `optimising(False)`: a third of the time to compile one. XLA of jax 0.12
+# knows the option no more.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
@@ -82,8 +85,8 @@ def interpreted(implementation: str | None) -> Iterator[None]:
 def optimising(wanted: bool) -> Iterator[None]:
     """Whether LLVM works on what XLA compiles for the CPU meanwhile.
 
-    The interpreter's programs are large, run once and stand for another chip's: optimising them is half of these tests'
-    time. The CPU's own path and the yardsticks are compiled as a user's program is.
+    The interpreter's programs are large, run once and stand for another chip's: optimising them is nearly half of such
+    a test's time. The CPU's own path and the yardsticks are compiled as a user's program is.
     """
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", not wanted)
@@ -105,9 +108,10 @@ def evaluate(
     """Loss and gradient of sum(cotangent * loss), compiled; what `traced` names comes as a traced scalar."""
     dynamic = {name: options.pop(name) for name in (*ARRAYS, *traced) if options.get(name) is not None}
     static = tuple(sorted(options.items()))
-    # What is large runs longer than LLVM works on it.
-    with interpreted(implementation), optimising(implementation not in KERNELS or np.size(logits) > 2**19):
-        value, slope = _compiled(implementation, static)(
+    # What is large runs longer than XLA works on it.
+    quick = implementation in KERNELS and np.size(logits) <= 2**19
+    with interpreted(implementation), optimising(not quick):
+        value, slope = _compiled(implementation, static, quick)(
             jnp.asarray(logits),
             jnp.asarray(labels),
             cotangent,
@@ -117,7 +121,7 @@ def evaluate(
 
 
 @functools.cache
-def _compiled(implementation: str | None, static: tuple[tuple[str, Any], ...]) -> Any:
+def _compiled(implementation: str | None, static: tuple[tuple[str, Any], ...], quick: bool) -> Any:
     def run(logits: Any, labels: Any, cotangent: Any, dynamic: dict[str, Any]) -> Any:
         value, pull = jax.vjp(
             lambda x: asymmetric_loss(x, labels, implementation=implementation, **dict(static), **dynamic),
@@ -125,7 +129,7 @@ def _compiled(implementation: str | None, static: tuple[tuple[str, Any], ...]) -
         )
         return value, pull(jnp.asarray(cotangent, value.dtype))[0]
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=QUICK if quick else None)
 
 
 def true_pair(logits: ArrayLike, labels: ArrayLike, cotangent: ArrayLike, **options: Any) -> Pair:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import KERNELS, cotangent_of, interpreted, labels_of, logits_of
+from cases import KERNELS, QUICK, cotangent_of, interpreted, labels_of, logits_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -58,7 +58,11 @@ def both(implementation: str | None, spec: P | None, **options: Any) -> Any:
 def on_one_device(implementation: str | None, axis: Any = -1, dtype: str = "float32") -> tuple[Any, Any]:
     """What every layout is held against, computed once."""
     with interpreted(implementation):
-        return jax.jit(both(implementation, None, axis=axis))(*operands(dtype))
+        return jitted(both(implementation, None, axis=axis), implementation)(*operands(dtype))
+
+
+def jitted(f: Any, implementation: str | None) -> Any:
+    return jax.jit(f, compiler_options=QUICK if implementation in KERNELS else None)
 
 
 def operands(dtype: str = "float32") -> tuple[Any, Any, dict[str, Any]]:
@@ -88,7 +92,7 @@ def test_every_layout_gives_what_one_device_gives(implementation, kind, spec):
             # Labels lie otherwise than the logits: they move, and the rest is replicated.
             labels = jax.device_put(y, NamedSharding(mesh, P(None, "data")))
             named = spec if kind == AxisType.Auto else None
-            found = jax.jit(both(implementation, named))(on_mesh, labels, arrays)
+            found = jitted(both(implementation, named), implementation)(on_mesh, labels, arrays)
     np.testing.assert_allclose(found[0], loss, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found[1], slope, rtol=1e-5, atol=1e-6)
     assert found[1].sharding.is_equivalent_to(on_mesh.sharding, 3)
