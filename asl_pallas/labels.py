@@ -435,6 +435,27 @@ def pack_tile(ids: Array, first: Array, classes: int) -> Array:
     return words
 
 
+def word_and_bit(label: Array) -> tuple[Array, Array]:
+    """Where the bit of a class is."""
+    return (label >> 12 << 7) | (label & (LANES - 1)), (label >> 7) & (BITS - 1)
+
+
+def byte_tile(ids: Array, classes: int) -> Array:
+    """(rows, classes / 8), int32: bit b of byte n says whether the (rows, 1) id is 8 n + b.
+
+    On a GPU eight neighbouring classes are one thread's, so that bytes become labels without leaving it.
+    """
+    numbers = lax.broadcasted_iota(jnp.int32, (1, classes // 8), 1)
+    return jnp.where(numbers == ids >> 3, lax.shift_left(jnp.int32(1), ids & 7), 0)
+
+
+def unpack_bytes(bits: Array) -> Array:
+    """Bool (rows, 8 n) from (rows, n)."""
+    rows, n = bits.shape
+    spread = jnp.broadcast_to(bits[:, :, None], (rows, n, 8)) >> lax.broadcasted_iota(jnp.int32, (1, 1, 8), 2)
+    return (spread & 1 != 0).reshape(rows, 8 * n)
+
+
 def check_classes(classes: Any) -> int:
     try:
         count = operator.index(classes)
