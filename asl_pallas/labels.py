@@ -398,8 +398,8 @@ def cut(words: Array, first: Array | int, classes: int) -> Array:
     here, after = (
         jnp.roll(lax.dynamic_slice_in_dim(by_group, group + k, groups, axis), -lanes, axis=-1) for k in (0, 1)
     )
-    # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one bit
-    # more. A shift by 32 bits has no meaning.
+    # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one
+    # bit more. A shift by 32 bits has no meaning.
     shift = jnp.where(lax.iota(jnp.int32, LANES) + lanes >= LANES, bits + 1, bits).astype(jnp.uint32)
     low = jnp.where(shift < BITS, here >> jnp.minimum(shift, BITS - 1), 0)
     high = jnp.where(shift > 0, after << jnp.minimum(BITS - shift, BITS - 1), 0)
