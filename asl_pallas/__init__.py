@@ -1,6 +1,7 @@
 """Asymmetric loss for multilabel classifiers in JAX, fused: Pallas kernels on TPU and GPU, streamed jnp on the CPU."""
 
+from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import asymmetric_loss
 
-__all__ = ["asymmetric_loss"]
+__all__ = ["PackedLabels", "SparseLabels", "asymmetric_loss"]
 __version__ = "0.1.0"
