@@ -12,16 +12,43 @@ first starts at the multiple below the row's beginning, and what isn't the row's
 from __future__ import annotations
 
 import functools
+import math
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 from asl_pallas.labels import PADDING, byte_tile, unpack_bytes, word_and_bit
+
+
+def _instruction(name: str, *operands: Array) -> Array:
+    """One instruction of PTX, on float32."""
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{name} {', '.join(f'${k}' for k in range(len(operands) + 1))};",
+        args=operands,
+        constraints=",".join(["=f", *["f"] * len(operands)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)],
+    )
+    return result
+
+
+# What Triton makes of jnp.exp, jnp.log, quotients and selects is some 50 instructions an element, and these are 11. By
+# NVIDIA's PTX manual they err by at most 2^-22, the reciprocal by a unit in the last place; tests/test_formula.py lets
+# them err so and finds loss and gradient within the bound.
+_GPU = Arithmetic(
+    exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
+    log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
+    reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
+    at_least=lambda x, bound: _instruction("max.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
+    at_most=lambda x, bound: _instruction("min.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
+)
 
 # Elements that a thread has side by side: 16 bytes of bfloat16.
 _VECTOR = 8
@@ -50,7 +77,9 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return (rows * classes,) if flat and by_element else shape
 
     results = pl.pallas_call(
-        functools.partial(_kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat),
+        functools.partial(
+            _kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, EXACT if interpret else _GPU
+        ),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[result_like(operands.logits, lying(name, o.shape), o.dtype) for name, o in outputs.items()],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
@@ -81,7 +110,7 @@ def _width(classes: int, flat: bool) -> int:
     return classes + (_VECTOR - 1 if flat else 0)
 
 
-def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, *refs):
+def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, chip: Arithmetic, *refs):
     inputs = dict(zip(names, refs, strict=False))
     out = dict(zip(outputs, refs[len(names) :], strict=True))
     rows, classes = shape
@@ -146,7 +175,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
         tile = {name: load(ref) for name, ref in inputs.items()}
         if few_labels is not None:
             tile["labels"] = few_labels(c)
-        result = task.evaluate(Operands(**tile), class_exists)
+        result = task.evaluate(Operands(**tile), class_exists, chip)
         if task.gradient:
             store(out["gradient"], result.gradient)
         if task.value == "elements":
