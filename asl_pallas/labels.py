@@ -152,6 +152,8 @@ class PackedLabels(_Labels):
     def from_dense(cls, labels: Any) -> PackedLabels:
         """From (..., classes) of bool or the integers 0 and 1; a JAX array is packed where it is, traced or not.
 
+        On a mesh whose axes are Explicit, JAX can't pack what is sharded along the classes: pack first, shard then.
+
         Raises:
           TypeError: another dtype. A float may be a soft label, which no bit holds.
           ValueError: concrete NumPy labels beside 0 and 1. Those of JAX aren't fetched to be looked at: above 0 is 1.

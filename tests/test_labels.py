@@ -327,3 +327,6 @@ def test_labels_that_fit_no_loss_are_named(form):
         asymmetric_loss(x, jax.tree.map(lambda array: array.astype(np.float32), labels))
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         asymmetric_loss(x, labels, implementation="mosaic_gpu")
+    many = SparseLabels(np.full((2, 5000), -1), 300)
+    with pytest.raises(NotImplementedError, match="at most 4096 ids a row, and these have 5000"):
+        asymmetric_loss(x, many, implementation="mosaic_tpu")
