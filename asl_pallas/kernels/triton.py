@@ -57,7 +57,7 @@ _VECTOR = 8
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     rows, classes = operands.logits.shape
-    flat = _is_flat(task, rows, classes)
+    flat = _is_flat(rows, classes)
     tiling = triton_tiling(rows, _width(classes, flat))
     spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
@@ -95,12 +95,12 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     return Result(found.get("value"), found.get("gradient"))
 
 
-def _is_flat(task: Task, rows: int, classes: int) -> bool:
+def _is_flat(rows: int, classes: int) -> bool:
     """Whether chunks start at multiples of a vector in memory because they wouldn't otherwise, and can.
 
     The last vector of all has to end where the array does, and a short row must not need a longer chunk for it.
     """
-    if classes % _VECTOR == 0 or rows == 1 or task.labels != "dense":
+    if classes % _VECTOR == 0 or rows == 1:
         return False
     fits = triton_tiling(rows, _width(classes, True)).chunk == triton_tiling(rows, classes).chunk
     return fits and rows * classes % _VECTOR == 0 and rows * classes < 2**31
@@ -121,6 +121,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
     if rows % tiling.rows:
         row_exists = lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows < rows
 
+    before: Any = 0
     if flat:
         begin = (lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows) * classes
         vector = lax.div(begin, _VECTOR)
@@ -133,7 +134,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
     few_labels = None
     if task.labels != "dense":
         form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
-        few_labels = form(inputs.pop("labels"), tiling, i * tiling.rows, row_exists)
+        few_labels = form(inputs.pop("labels"), tiling, i * tiling.rows, row_exists, before)
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
@@ -176,7 +177,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
 
         tile = {name: load(ref) for name, ref in inputs.items()}
         if few_labels is not None:
-            tile["labels"] = few_labels(c)
+            tile["labels"] = few_labels(c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
         result = task.evaluate(Operands(**tile), class_exists, chip)
         if task.gradient:
             store(out["gradient"], result.gradient)
@@ -214,28 +215,32 @@ def _all(*masks: Any) -> Any:
     return functools.reduce(jnp.logical_and, found) if found else None
 
 
-def _packed_labels(ref, tiling: TritonTiling, first_row, row_exists):
-    """The labels of chunk c, bit by bit; eight classes that are neighbours are so in eight words of the cache."""
+def _packed_labels(ref, tiling: TritonTiling, first_row, row_exists, before):
+    """The labels of a chunk's columns, bit by bit; eight that are neighbours are so in eight words of the cache."""
 
-    def labels(c):
-        word, bit = word_and_bit(c * tiling.chunk + lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1))
+    def labels(c, column):
+        word, bit = word_and_bit(column)
         words = _load_at(ref, first_row, word, row_exists, (tiling.rows, tiling.chunk))
         return (words >> bit.astype(jnp.uint32)) & jnp.uint32(1) != 0
 
     return labels
 
 
-def _sparse_labels(ref, tiling: TritonTiling, first_row, row_exists):
-    """The labels of chunk c, by a look at every id if any is in the chunk, which few chunks of a long row have."""
+def _sparse_labels(ref, tiling: TritonTiling, first_row, row_exists, before):
+    """The labels of chunk c, by a look at every id if any is in the chunk, which few chunks of a long row have.
+
+    An id is as many elements further than its class as the row's first chunk has before the row; padding may come to
+    lie among those.
+    """
     k = ref.shape[1]
     columns = lax.broadcasted_iota(jnp.int32, (1, 1 << (k - 1).bit_length()), 1)
     shape = (tiling.rows, columns.shape[1])
     in_row = columns < k if row_exists is None else jnp.logical_and(columns < k, row_exists)
-    ids = _load_at(ref, first_row, columns, in_row, shape, PADDING)
+    ids = _load_at(ref, first_row, columns, in_row, shape, PADDING) + before
 
-    def labels(c):
+    def labels(c, column):
         def mark(t, found):
-            ids = _load_at(ref, first_row, t, row_exists, (tiling.rows, 1), PADDING)
+            ids = _load_at(ref, first_row, t, row_exists, (tiling.rows, 1), PADDING) + before
             return found | byte_tile(ids - c * tiling.chunk, tiling.chunk)
 
         none = jnp.zeros((tiling.rows, tiling.chunk // 8), jnp.int32)
