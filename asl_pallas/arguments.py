@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from asl_pallas import kernels
 from asl_pallas.formula import TRACED
+from asl_pallas.labels import PackedLabels, SparseLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -30,7 +31,69 @@ def check_logits(logits: Any) -> Array:
     return array
 
 
-def check_labels(labels: Any, logits: Array, where: Any, ignore_label: int | None) -> Array:
+def check_features(features: Any) -> Array:
+    array = _array("features", features)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"features have dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.ndim == 0:
+        raise ValueError("features are a scalar; expected shape (..., d)")
+    return array
+
+
+def check_kernel(kernel: Any, features: Array) -> Array:
+    array = _array("kernel", kernel)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"kernel has dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    depth = features.shape[-1]
+    if array.ndim != 2 or array.shape[0] != depth:
+        raise ValueError(
+            f"kernel has shape {array.shape}; expected ({depth}, classes) for features of shape {features.shape}"
+        )
+    return array
+
+
+def check_bias(bias: Any, kernel: Array) -> Array | None:
+    if bias is None:
+        return None
+    array = _array("bias", bias)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"bias has dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.shape != kernel.shape[1:]:
+        raise ValueError(f"bias has shape {array.shape}; expected {kernel.shape[1:]}, one a class of the kernel")
+    return array
+
+
+def check_chunk_size(chunk_size: Any) -> int | None:
+    return None if chunk_size is None else _positive_int("chunk_size", chunk_size, "None or a Python int")
+
+
+def check_k(k: Any, classes: int) -> int:
+    count = _positive_int("k", k, "a Python int")
+    if count > classes:
+        raise ValueError(f"k={count}; expected at most {classes}, the classes of the kernel")
+    return count
+
+
+def check_precision(precision: Any) -> Any:
+    if precision is None:
+        return None
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(lambda a, b: jnp.dot(a, b, precision=precision), one, one)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"precision={precision!r}; expected what jax.lax.dot_general takes") from error
+    return precision
+
+
+def check_labels(labels: Any, logits: Array, where: Any, ignore_label: int | None) -> Any:
+    if isinstance(labels, (PackedLabels, SparseLabels)):
+        labels = labels.checked()
+        if labels.shape != logits.shape:
+            raise ValueError(f"labels have shape {labels.shape}; expected the logits' shape {logits.shape}")
+        if ignore_label is not None:
+            raise TypeError(f"ignore_label={ignore_label} needs integer labels, and {type(labels).__name__} hold bits")
+        return labels
     array = _array("labels", labels)
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
@@ -171,6 +234,14 @@ def check_flag(name: str, flag: Any) -> bool:
     if not isinstance(flag, (bool, np.bool_)):
         raise TypeError(f"{name}={flag!r}; expected True or False")
     return bool(flag)
+
+
+def _positive_int(name: str, number: Any, expected: str) -> int:
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
+        raise TypeError(f"{name}={number!r}; expected {expected}")
+    if number < 1:
+        raise ValueError(f"{name}={number}; expected {name} >= 1")
+    return int(number)
 
 
 def _array(name: str, x: Any) -> Array:
