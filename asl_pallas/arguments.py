@@ -86,7 +86,7 @@ def check_precision(precision: Any) -> Any:
     return precision
 
 
-def check_labels(labels: Any, logits: Array, where: Any, ignore_label: int | None) -> Any:
+def check_labels(labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None) -> Any:
     if isinstance(labels, (PackedLabels, SparseLabels)):
         labels = labels.checked()
         if labels.shape != logits.shape:
@@ -132,7 +132,7 @@ def _check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
     return array
 
 
-def check_where(where: Any, logits: Array) -> Array | None:
+def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
     if where is None:
         return None
     array = _array("where", where)
@@ -141,13 +141,13 @@ def check_where(where: Any, logits: Array) -> Array | None:
     return _broadcastable("where", array, logits.shape)
 
 
-def check_weights(weights: Any, logits: Array) -> Array | None:
+def check_weights(weights: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
     if weights is None:
         return None
     return _broadcastable("weights", _real("weights", weights), logits.shape)
 
 
-def check_pos_weight(pos_weight: Any, logits: Array) -> Array | None:
+def check_pos_weight(pos_weight: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
     if pos_weight is None:
         return None
     array = _real("pos_weight", pos_weight)

@@ -38,7 +38,7 @@ class Arrays(NamedTuple):
     weights: Array | None = None
     pos_weight: Array | None = None
     cotangent: Array | None = None
-    scalars: Array | None = None
+    scalars: Any = None
 
 
 class Found(NamedTuple):
@@ -88,7 +88,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     *leading, depth = arrays.features.shape
     classes = arrays.kernel.shape[-1]
     dtype = compute_dtype(arrays.features.dtype)
-    task = dataclasses.replace(work.task, gradient=bool(work.gradients), donate_logits=bool(work.gradients))
+    task = dataclasses.replace(work.task, gradient=bool(work.gradients))
     features = arrays.features.reshape(-1, depth)
     operands = {name: getattr(arrays, name) for name in ("where", "weights", "pos_weight", "cotangent")}
 
@@ -126,7 +126,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         value=None if task.value is None else jnp.zeros(leading, dtype),
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
         kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
-        bias=jnp.zeros_like(arrays.bias) if "bias" in work.gradients else None,
+        bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
     )
     nothing, _ = vary_alike((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.

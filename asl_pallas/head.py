@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
