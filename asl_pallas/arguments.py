@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from asl_pallas import kernels
 from asl_pallas.formula import TRACED
+from asl_pallas.kernels.tile import Form
 from asl_pallas.labels import PackedLabels, SparseLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -86,14 +87,23 @@ def check_precision(precision: Any) -> Any:
     return precision
 
 
-def check_labels(labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None) -> Any:
+def check_labels(
+    labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None
+) -> tuple[Form, Array]:
+    """Their form and their array: words, ids, or an element each."""
     if isinstance(labels, (PackedLabels, SparseLabels)):
-        labels = labels.checked()
         if labels.shape != logits.shape:
-            raise ValueError(f"labels have shape {labels.shape}; expected the logits' shape {logits.shape}")
+            raise ValueError(
+                f"labels are {labels!r}, of shape {labels.shape}; expected the logits' shape {logits.shape}"
+            )
         if ignore_label is not None:
-            raise TypeError(f"ignore_label={ignore_label} needs integer labels, and {type(labels).__name__} hold bits")
-        return labels
+            raise TypeError(
+                f"ignore_label={ignore_label} needs integer labels, and {type(labels).__name__} hold two values; leave "
+                "elements out with where"
+            )
+        if isinstance(labels, PackedLabels):
+            return "packed", jnp.asarray(labels.checked().words)
+        return "sparse", jnp.asarray(labels.checked().ids)
     array = _array("labels", labels)
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
@@ -105,7 +115,7 @@ def check_labels(labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, 
             "labels out with where"
         )
     _check_values(labels, where, ignore_label)
-    return array
+    return "dense", array
 
 
 def _check_values(labels: Any, where: Any, ignore_label: int | None) -> None:

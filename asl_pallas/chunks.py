@@ -18,9 +18,10 @@ import numpy as np
 from jax import Array, lax
 
 from asl_pallas import kernels
-from asl_pallas.kernels.tile import Operands, Task, compute_dtype
+from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
+from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import vary_alike
-from asl_pallas.labels import GROUP, LANES, PADDING, PackedLabels, SparseLabels, unpack, words_for
+from asl_pallas.labels import GROUP, LANES, PADDING, cut, words_for
 
 
 class Arrays(NamedTuple):
@@ -33,7 +34,7 @@ class Arrays(NamedTuple):
     features: Array
     kernel: Array
     bias: Array | None
-    labels: Any
+    labels: Array
     where: Array | None = None
     weights: Array | None = None
     pos_weight: Array | None = None
@@ -42,7 +43,8 @@ class Arrays(NamedTuple):
 
 
 class Found(NamedTuple):
-    """value: (...,), one loss an example; the gradients like what they belong to. None where not asked for."""
+    """value: (...,), one loss an example; features, kernel, bias: their gradients, that of the features in the compute
+    dtype, the others in their own. None where not asked for."""
 
     value: Any = None
     features: Any = None
@@ -60,13 +62,13 @@ class Work:
     Attributes:
       task: of the elementwise kernel, its gradient apart, which `gradients` decides.
       gradients: of these `PARAMETERS`.
-      chunk: classes at a time.
+      chunk: classes at a time; None for what fits.
       precision: of the products, as in jax.lax.dot_general.
     """
 
     task: Task
     gradients: tuple[str, ...]
-    chunk: int
+    chunk: int | None
     precision: Any
     implementation: str | None
     interpret: bool
@@ -90,6 +92,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     dtype = compute_dtype(arrays.features.dtype)
     task = dataclasses.replace(work.task, gradient=bool(work.gradients))
     features = arrays.features.reshape(-1, depth)
+    chunk = work.chunk or head_chunk(features.shape[0], classes)
     operands = {name: getattr(arrays, name) for name in ("where", "weights", "pos_weight", "cotangent")}
 
     def one(start: Any, size: int, found: Found) -> Found:
@@ -99,7 +102,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             logits = logits + _slice(arrays.bias, start, size).astype(dtype)
         tile = Operands(
             logits=logits.reshape(*leading, size),
-            labels=_labels_of(arrays.labels, start, size, work.chunk),
+            labels=_labels_of(task.labels, arrays.labels, start, size, chunk),
             scalars=arrays.scalars,
             **{
                 name: o if o is None or o.shape[-1] != classes else _slice(o, start, size)
@@ -131,9 +134,9 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     nothing, _ = vary_alike((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
     body = jax.checkpoint(one, static_argnums=1) if work.implementation == kernels.PLAIN else one
-    found = over_chunks(body, nothing, classes, work.chunk)
+    found = over_chunks(body, nothing, classes, chunk)
     if found.features is not None:
-        found = found._replace(features=found.features.astype(features.dtype).reshape(arrays.features.shape))
+        found = found._replace(features=found.features.reshape(arrays.features.shape))
     return found
 
 
@@ -152,11 +155,12 @@ def over_chunks(one: Callable[[Any, int, Any], Any], carry: Any, classes: int, c
 
 
 def top_k(
-    features: Array, kernel: Array, bias: Array | None, k: int, chunk: int, precision: Any, exchange: Exchange = ALONE
+    features: Array, kernel: Array, bias: Array | None, k: int, chunk: int | None, precision: Any, exchange: Exchange = ALONE
 ) -> tuple[Array, Array]:
     """Scores and ids of the best k classes of each example, best first, equal scores by the lower id."""
     features, kernel, bias = vary_alike((features, kernel, bias))
     *leading, depth = features.shape
+    classes = kernel.shape[-1]
     rows = features.reshape(-1, depth)
     dtype = compute_dtype(features.dtype)
 
@@ -175,7 +179,7 @@ def top_k(
 
     # The first k classes start the list, so that nothing made up is ever in it.
     best = tuple(lax.top_k(scores_of(0, k), k))
-    scores, ids = over_chunks(one, best, kernel.shape[-1], chunk, start=k)
+    scores, ids = over_chunks(one, best, classes, chunk or head_chunk(rows.shape[0], classes), start=k)
     return scores.reshape(*leading, k), ids.reshape(*leading, k)
 
 
@@ -185,26 +189,20 @@ def _product(a: Array, b: Array, contracted: tuple[int, int], dtype: Any, precis
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
-def _labels_of(labels: Any, start: Any, size: int, chunk: int) -> Any:
-    """The labels of a chunk, in the form that they have; `start` is a multiple of `chunk`."""
-    if isinstance(labels, SparseLabels):
-        ids = labels.ids - start
-        return SparseLabels.tree_unflatten(size, (jnp.where((ids >= 0) & (ids < size), ids, PADDING),)).to_dense()
-    if not isinstance(labels, PackedLabels):
+def _labels_of(form: Form, labels: Array, start: Any, size: int, chunk: int) -> Array:
+    """The labels of a chunk, in their own form; `start` is a multiple of `chunk`."""
+    if form == "sparse":
+        ids = labels - start
+        return jnp.where((ids >= 0) & (ids < size), ids, PADDING)
+    if form == "dense":
         return _slice(labels, start, size)
-    groups = labels.words.shape[-1] // LANES
-    group, inside = start // GROUP, start % GROUP
-    if chunk % GROUP == 0 or (GROUP % chunk == 0 and chunk % LANES == 0):
-        # Whole groups; or a part of one, whose bits are moved to where a group's first ones are.
-        words = _slice(labels.words, group * LANES, words_for(size))
-        if chunk % GROUP:
-            words = words >> (jnp.asarray(inside // LANES, jnp.uint32))
-        return PackedLabels.tree_unflatten(size, (words,)).to_dense()
-    # A chunk that no word begins with: the groups that it touches, unpacked.
-    touched = min(groups, words_for(size) // LANES + 1)
-    group = jnp.minimum(group, groups - touched)
-    dense = unpack(_slice(labels.words, group * LANES, touched * LANES), touched * GROUP)
-    return _slice(dense, start - group * GROUP, size)
+    if chunk % GROUP == 0:
+        return _slice(labels, start // GROUP * LANES, words_for(size))
+    if GROUP % chunk == 0 and chunk % LANES == 0:
+        # Part of a group: its bits move to where a group's first ones are.
+        words = _slice(labels, start // GROUP * LANES, LANES)
+        return words >> jnp.asarray(start % GROUP // LANES, jnp.uint32)
+    return cut(labels, start, size)
 
 
 def _slice(array: Any, start: Any, size: int) -> Any:

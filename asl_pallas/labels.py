@@ -381,6 +381,60 @@ def pack_ids(ids: Array, classes: int) -> Array:
     return jax.vmap(row)(word, bit).reshape(*leading, needed)
 
 
+def cut(words: Array, first: Array | int, classes: int) -> Array:
+    """The words of `classes` classes from class `first` on, which need be no multiple of anything.
+
+    Args:
+      words: (..., words) of all classes, at least first + classes.
+      first: an integer, traced or not.
+    """
+    *leading, held = words.shape
+    groups = words_for(classes) // LANES
+    blocks, lanes = jnp.divmod(jnp.asarray(first, jnp.int32), LANES)
+    group, bits = jnp.divmod(blocks, BITS)
+    fill = [(0, 0)] * len(leading) + [(0, 2), (0, 0)]
+    by_group = jnp.pad(words.reshape(*leading, held // LANES, LANES), fill)
+    axis = len(leading)
+    here, after = (
+        jnp.roll(lax.dynamic_slice_in_dim(by_group, group + k, groups, axis), -lanes, axis=-1) for k in (0, 1)
+    )
+    # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one bit
+    # more. A shift by 32 bits has no meaning.
+    shift = jnp.where(lax.iota(jnp.int32, LANES) + lanes >= LANES, bits + 1, bits).astype(jnp.uint32)
+    low = jnp.where(shift < BITS, here >> jnp.minimum(shift, BITS - 1), 0)
+    high = jnp.where(shift > 0, after << jnp.minimum(BITS - shift, BITS - 1), 0)
+    return (low | high).reshape(*leading, groups * LANES)
+
+
+def unpack_tile(words: Array, first: Array | int, blocks: int) -> Array:
+    """Bool (rows, 128 blocks) from the (rows, 128) words of a group: what bits `first` and on say.
+
+    In signed integers, whose arithmetic Mosaic knows on every chip.
+    """
+    words = words.astype(jnp.int32)
+    bits = [words & lax.shift_left(jnp.int32(1), jnp.int32(first + b)) for b in range(blocks)]
+    return (jnp.concatenate(bits, axis=1) if blocks > 1 else bits[0]) != 0
+
+
+def pack_tile(ids: Array, first: Array, classes: int) -> Array:
+    """(128, rows) words, int32, of the at most 4096 classes from `first` on, from (k, rows) ids.
+
+    On a TPU, comparing every word's number with every id is far faster than setting single bits. With the rows along
+    the lanes an id is spread over the words of its row without a lane being moved: k=16 ids take 0.5 bundles per 1024
+    elements on v5e, and 2.5 with the rows along the sublanes.
+    """
+    local = ids - first
+    inside = (local >= 0) & (local < classes)
+    bit = jnp.where(inside, lax.shift_left(jnp.int32(1), (local >> 7) & (BITS - 1)), 0)
+    word = local & (LANES - 1)
+    shape = (LANES, ids.shape[1])
+    numbers = lax.broadcasted_iota(jnp.int32, shape, 0)
+    words = jnp.zeros(shape, jnp.int32)
+    for t in range(ids.shape[0]):
+        words |= jnp.where(numbers == word[t : t + 1], jnp.broadcast_to(bit[t : t + 1], shape), 0)
+    return words
+
+
 def check_classes(classes: Any) -> int:
     try:
         count = operator.index(classes)

@@ -17,12 +17,13 @@ from jax.typing import ArrayLike
 from asl_pallas import arguments, kernels, sharding
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
+from asl_pallas.labels import PackedLabels, SparseLabels
 
 
 def asymmetric_loss(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | PackedLabels | SparseLabels,
     *,
     gamma_neg: ArrayLike = 4.0,
     gamma_pos: ArrayLike = 1.0,
@@ -53,7 +54,8 @@ def asymmetric_loss(
         Infinite logits give the limit, NaN gives NaN.
       labels: the logits' shape; bool, integers 0 and 1, or floats in [0, 1] (soft labels: each side keeps its own
         focus). Concrete labels outside of that raise. Traced ones can't be looked at: integers above 0 count as
-        positive, and floats enter the formula as they are.
+        positive, and floats enter the formula as they are. `PackedLabels` hold a bit an element and `SparseLabels` the
+        ids of the positives; the kernels read those, and no dense label is written to memory.
       gamma_neg: focusing exponent of the negatives, >= 0.
       gamma_pos: focusing exponent of the positives, >= 0.
       clip: probability margin in [0, 1): negatives with p <= clip have neither loss nor gradient.
@@ -66,7 +68,8 @@ def asymmetric_loss(
       weights: broadcastable to the logits; multiplies an element's loss. (classes,) weighs classes, (batch, 1)
         examples. One that varies along some leading dimensions and not along others is broadcast in memory first.
       pos_weight: scalar or (classes,); multiplies the positive term, as in torch's BCEWithLogitsLoss.
-      ignore_label: an integer that marks an element as not annotated, -1 say; needs integer or bool labels.
+      ignore_label: an integer that marks an element as not annotated, -1 say; needs integer or bool labels, an element
+        each. Packed and sparse ones have no third value: leave elements out with where.
       label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2.
       stop_focus_gradient: the focusing factors (1 - p)^gamma_pos and p_m^gamma_neg count as constants in the gradient,
         the official code's disable_torch_grad_focal_loss.
@@ -103,9 +106,11 @@ def asymmetric_loss(
     formula = AsymmetricLoss(
         **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
     )
+    form, label_array = arguments.check_labels(labels, x, where, ignore)
     call = _Call(
         formula=formula,
         axes=arguments.check_axis(axis, x.ndim),
+        labels=form,
         ignore_label=ignore,
         label_smoothing=arguments.check_label_smoothing(label_smoothing),
         implementation=arguments.check_implementation(implementation),
@@ -115,7 +120,7 @@ def asymmetric_loss(
     )
     arrays = _Arrays(
         logits=x,
-        labels=arguments.check_labels(labels, x, where, ignore),
+        labels=label_array,
         where=mask,
         weights=arguments.check_weights(weights, x),
         pos_weight=arguments.check_pos_weight(pos_weight, x),
@@ -141,6 +146,7 @@ class _Call:
 
     formula: AsymmetricLoss
     axes: tuple[int, ...]
+    labels: Form
     ignore_label: int | None
     label_smoothing: float
     implementation: str | None
@@ -177,6 +183,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
             ignore_label=call.ignore_label,
             label_smoothing=call.label_smoothing,
             donate_logits=call.donate_logits,
+            labels=call.labels,
         ),
         implementation=call.implementation,
         interpret=call.interpret,
@@ -191,7 +198,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
             )
         plan = plan.plain()
     elif plan.implementation is not None:
-        reason = kernels.refusal(plan.implementation, operands)
+        reason = kernels.refusal(plan.implementation, operands, call.labels)
         if reason is not None:
             raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
     try:

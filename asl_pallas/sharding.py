@@ -17,8 +17,11 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.labels import GROUP, cut
 
 Axes = tuple[tuple[str, ...], ...]
+# No dimension's size: one that is alike on all devices.
+ALIKE = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,24 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     shape = operands.logits.shape
     kinds = _kinds(layout.mesh)
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
-    if AxisType.Explicit in kinds.values():
-        operands = operands._replace(**{n: _lay(o, layout, shape) for n, o in operands.arrays().items()})
-    specs = {name: layout.spec(operand, shape) for name, operand in operands.arrays().items()}
+    shapes = dict.fromkeys(operands.arrays(), shape)
     class_axes = layout.axes[-1]
+    classes = shape[-1] // math.prod(layout.mesh.shape[n] for n in class_axes)
+    words_are_cut = task.labels == "packed" and classes % GROUP == 0
+    if task.labels != "dense":
+        # Words lie as the logits do where a shard has whole groups of them. Else every device that shares the classes
+        # out has all of them, as it has all ids.
+        shapes["labels"] = (*shape[:-1], operands.labels.shape[-1] if words_are_cut else ALIKE)
+    if AxisType.Explicit in kinds.values():
+        operands = operands._replace(**{n: _lay(o, layout, shapes[n]) for n, o in operands.arrays().items()})
+    specs = {name: layout.spec(operand, shapes[name]) for name, operand in operands.arrays().items()}
 
     def body(operands: Operands) -> Result:
+        if class_axes and task.labels != "dense" and not words_are_cut:
+            first = lax.axis_index(class_axes) * classes
+            labels = operands.labels
+            labels = labels - first if task.labels == "sparse" else cut(labels, first, classes)
+            operands = operands._replace(labels=labels)
         value, gradient = run(operands)
         if task.value == "rows" and class_axes:
             value = lax.psum(value, class_axes)

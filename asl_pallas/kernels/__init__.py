@@ -15,7 +15,7 @@ from jax import Array
 
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
-from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.kernels.tile import Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
 
@@ -52,13 +52,15 @@ def interpreting() -> bool:
     return _interpreted.get()
 
 
-def refusal(implementation: str, operands: Operands) -> str | None:
+def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> str | None:
     """Why this kernel can't serve this call on its own platform, or None where it can."""
     if implementation == "xla":
         return None
     if implementation == "mosaic_gpu":
         if lacking := lacks_mosaic_gpu():
             return lacking
+        if labels != "dense":
+            return f"it loads dense labels, and these are {labels}; 'triton' serves them"
         if (classes := operands.logits.shape[-1]) < MOSAIC_GPU_CLASSES:
             return f"it walks rows of at least {MOSAIC_GPU_CLASSES} classes, and the logits have {classes}"
     if operands.logits.dtype == jnp.float64:
@@ -100,7 +102,7 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
         kernels = {
             PLATFORMS[name]: functools.partial(_kernel, name, task)
             for name in CHOSEN
-            if refusal(name, operands) is None
+            if refusal(name, operands, task.labels) is None
         }
         return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
     kernel = functools.partial(_kernel, implementation, task)
@@ -112,7 +114,7 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
 
 
 def _matrices(operands: Operands) -> Operands:
-    """Every operand as (rows, classes), (rows, 1) or (1, classes)."""
+    """Every operand as (rows, classes), (rows, 1) or (1, classes); words and ids as (rows, words) and (rows, k)."""
     *leading, _ = operands.logits.shape
     rows = math.prod(leading)
 

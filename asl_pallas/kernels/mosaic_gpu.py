@@ -19,14 +19,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
-from asl_pallas.kernels.versions import mosaic_gpu_kernel, vary_alike
+from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, vary_alike
+
+plgpu = mosaic_gpu_module()
 
 # The copy engine's: addresses and sizes of a plain copy, elements that a copy through a tensor map has at most along a
 # dimension, and the last element that one can start at.

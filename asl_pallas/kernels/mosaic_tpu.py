@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.formula import Arithmetic
-from asl_pallas.kernels.tile import Operands, Result, Task
-from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TpuTiling, tpu_tiling
+from asl_pallas.kernels.tile import Form, Operands, Result, Task
+from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
+from asl_pallas.labels import BITS, GROUP, PADDING, pack_tile, unpack_tile
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -37,6 +38,11 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     converted: list[bool] = []
     for name, operand in operands._asdict().items():
         if operand is None:
+            continue
+        if name == "labels" and task.labels != "dense":
+            inputs[name], scratch_words = _few_labels(task.labels, operand, tiling)
+            scratch.update(scratch_words)
+            converted.append(False)
             continue
         fused = operand.shape == (rows, classes) and operand.dtype.name in TPU_CONVERTED
         if name == "scalars":
@@ -102,6 +108,18 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     return Result(result.get("value"), result.get("gradient"))
 
 
+def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Array, pl.BlockSpec], dict[str, Any]]:
+    """Words of the block's group of classes, or all ids of its rows and room for the words to be made of them."""
+    if form == "packed":
+        blocks = GROUP // tiling.classes if GROUP % tiling.classes == 0 else 1  # of a group; or there is one in all
+        return (labels, pl.BlockSpec((tiling.rows, LANES), lambda i, j: (i, _quotient(j, blocks)))), {}
+    # Rows along the lanes: as (rows, k) they would fill 128 lanes a row, and of no use in a register.
+    fill = tpu_ids(labels.shape[1]) - labels.shape[1]
+    ids = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=PADDING).T
+    spec = pl.BlockSpec((ids.shape[0], tiling.rows), lambda i, j: (jnp.int32(0), i))
+    return (ids, spec), {"words": pltpu.VMEM((tiling.rows, LANES), jnp.int32)}
+
+
 # The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does.
 _CHIP = Arithmetic(reciprocal=reciprocal, at_least=jnp.maximum, at_most=jnp.minimum)
 
@@ -119,9 +137,29 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
     rows, classes = shape
     group, chunk = tiling.group, tiling.chunk
     i, j = pl.program_id(0), pl.program_id(1)
+    groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
     if "scalars" in inputs:
         scalars = inputs.pop("scalars")
         task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
+
+    # Of the words, what the block's first classes are; those that are made here begin with the block.
+    first_bit = lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS)) if task.labels == "packed" else 0
+    words = scratch.pop("words", None)
+    if words is not None:
+        ids = inputs["labels"]
+
+        def pack(r, _):
+            at = pl.ds(pl.multiple_of(r * LANES, LANES), LANES)
+
+            def some(t, packed):
+                some_ids = ids[pl.ds(pl.multiple_of(t * TPU_IDS, TPU_IDS), TPU_IDS), at]
+                return packed | pack_tile(some_ids, j * tiling.classes, tiling.classes)
+
+            turns, none = jnp.int32(ids.shape[0] // TPU_IDS), jnp.zeros((LANES, LANES), jnp.int32)
+            words[at, :] = lax.fori_loop(jnp.int32(0), turns, some, none).T
+
+        lax.fori_loop(jnp.int32(0), _quotient(groups * group + (LANES - 1), LANES), pack, None)
+        inputs["labels"] = words
 
     for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:
         # XLA's conversion runs where the block is read, which has to be at a fixed place.
@@ -148,8 +186,11 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
     def evaluate(g, c, sums: Array | None, valid: Array | None) -> Array | None:
         """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
         at = pl.ds(pl.multiple_of(g * group, group), group), pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-        tile = Operands(**{name: load(name, *at) for name in inputs})
-        value, gradient = task.evaluate(tile, valid, _CHIP)
+        tile = {name: load(name, *at) for name in inputs if name != "labels" or task.labels == "dense"}
+        if task.labels != "dense":
+            blocks = chunk // LANES
+            tile["labels"] = unpack_tile(inputs["labels"][at[0], :], first_bit + c * blocks, blocks)
+        value, gradient = task.evaluate(Operands(**tile), valid, _CHIP)
         if "gradient" in outputs:
             outputs["gradient"][at] = gradient.astype(outputs["gradient"].dtype)
         if task.value == "elements":
@@ -160,8 +201,6 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
 
     def walk(chunks_of_group):
         """Every group of the block that has rows."""
-        groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
-
         def one(g, _):
             zero = jnp.zeros((group, LANES), jnp.float32) if "sums" in scratch else None
             sums = chunks_of_group(g, zero)

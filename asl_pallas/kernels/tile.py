@@ -16,14 +16,19 @@ import jax.numpy as jnp
 from jax import Array
 
 from asl_pallas.formula import EXACT, Arithmetic, Formula
+from asl_pallas.labels import pack_ids, unpack
 
+# How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
+Form = Literal["dense", "packed", "sparse"]
 Side = Callable[[Array | bool], "Result"]
 
 
 class Operands(NamedTuple):
     """The arrays of a call, in two dimensions; None where the call has none.
 
-    logits, labels: (rows, classes). where, weights: (rows, classes), (1, classes) or (rows, 1).
+    logits: (rows, classes).
+    labels: (rows, classes), or in the task's other forms (rows, words) or (rows, k).
+    where, weights: (rows, classes), (1, classes) or (rows, 1).
     pos_weight: (1, classes).
     cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
     rounded to the logits' dtype.
@@ -63,6 +68,7 @@ class Task:
     ignore_label: int | None = None
     label_smoothing: float = 0.0
     donate_logits: bool = False  # the gradient may be written over them
+    labels: Form = "dense"
 
     def bind(self, scalars: Any) -> Task:
         """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
@@ -77,7 +83,8 @@ class Task:
         """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
 
         Args:
-          tile: operands of one tile, each broadcastable to the logits' tile.
+          tile: operands of one tile, each broadcastable to the logits' tile; labels of another form as `positives`
+            gives them.
           valid: False for what lies beyond the array's edge.
           chip: its way of doing the arithmetic.
         """
@@ -153,3 +160,10 @@ def _comparable(x: Array) -> Array:
     """Integers of less than 32 bits widened: Mosaic compares no others on every chip."""
     narrow = jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 32
     return x.astype(jnp.int32) if narrow else x
+
+
+def positives(form: Form, labels: Array, classes: int) -> Array:
+    """The labels of whole rows as an operand of `Task.evaluate`, in any number of dimensions, for XLA to fuse."""
+    if form == "dense":
+        return labels
+    return unpack(labels if form == "packed" else pack_ids(labels, classes), classes)

@@ -30,6 +30,8 @@ _TPU_WHOLE_ROW = 1024
 # Chunks of classes, the first that fits best. A gradient's chain of dependent operations is long and wants many
 # registers in flight to hide it; a value's is short, and with more than 512 its masks leave their registers.
 _TPU_CHUNKS = {True: (2048, 1024, 512, 256, 128), False: (512, 256, 128)}
+# Ids that are compared at a time: the rows of a register.
+TPU_IDS = 8
 _CPU_ELEMENTS = 64 * 1024
 _TRITON_ELEMENTS = 1024
 _TRITON_WARPS = 4
@@ -66,7 +68,11 @@ class TpuTiling:
 def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     rows, classes = operands.logits.shape
     element_bytes = operands.logits.dtype.itemsize if task.gradient else 0
-    full = [operand for operand in operands if operand is not None and operand.shape == (rows, classes)]
+    full = [
+        operand
+        for name, operand in operands.arrays().items()
+        if operand.shape == (rows, classes) and (name != "labels" or task.labels == "dense")
+    ]
     element_bytes += sum(operand.dtype.itemsize for operand in full)
     # What XLA converts on the way in passes through buffers of XLA's and a scratch. Where they don't fit it writes a
     # converted array to memory instead: with 6 MiB of blocks it did on v5e, with 3 MiB it didn't.
@@ -86,9 +92,22 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         chunk = next(c for c in chunks if c == LANES or (c <= fit and _round_up(classes, c) <= 1.1 * classes))
     most = fit // chunk * chunk
     block_classes = min(_TPU_CLASSES, most, _round_up(classes, chunk))
+    if task.labels != "dense" and block_classes < classes:
+        # The words of a block are those of one group, whole.
+        block_classes = 1 << (block_classes.bit_length() - 1)
     least = max(group, LANES)
-    block_rows = max(_TPU_BLOCK_BYTES // (2 * element_bytes * block_classes) // least * least, least)
+    row_bytes = 2 * element_bytes * block_classes
+    if task.labels == "packed":
+        row_bytes += 2 * LANES * 4  # a group's words
+    if task.labels == "sparse":
+        row_bytes += 2 * tpu_ids(operands.labels.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
+    block_rows = max(_TPU_BLOCK_BYTES // row_bytes // least * least, least)
     return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk)
+
+
+def tpu_ids(k: int) -> int:
+    """How many ids a row has once it is filled up."""
+    return max(_round_up(k, TPU_IDS), TPU_IDS)
 
 
 @dataclasses.dataclass(frozen=True)

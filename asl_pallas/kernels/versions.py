@@ -58,12 +58,18 @@ def lacks_mosaic_gpu() -> str | None:
     return f"it is written for Mosaic GPU as of JAX 0.11, and this is {jax.__version__}; 'triton' serves"
 
 
+def mosaic_gpu_module() -> Any:
+    """Pallas's module for Mosaic GPU, as Any: its signatures differ, and no type checker can be right about both."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu
+
+
 def mosaic_gpu_kernel(
     body: Callable[..., None], results: Any, scratch: dict[str, Any], programs: int, name: str, interpret: bool
 ) -> Callable[..., Any]:
     """A Mosaic GPU kernel whose programs, a warpgroup each, know their number as the axis "program"; from 0.11."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
+    plgpu = mosaic_gpu_module()
     return plgpu.kernel(
         body,
         out_type=results,

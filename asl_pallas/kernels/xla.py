@@ -9,14 +9,16 @@ from jax import Array, lax
 
 from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
+from asl_pallas.labels import cut, pack_ids, unpack
 
 CPU = Arithmetic(log=log)
 
 
 def run(task: Task, operands: Operands, chip: Arithmetic = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
+    operands = operands._replace(labels=positives(task.labels, operands.labels, operands.logits.shape[-1]))
     value, gradient = task.bind(operands.scalars).evaluate(operands, chip=chip)
     if task.value == "rows":
         value = jnp.sum(value, axis=-1)
@@ -34,6 +36,10 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     memory would.
     """
     tiling = cpu_tiling(*operands.logits.shape)
+    if task.labels == "sparse":
+        # Words are a thirty-second of the logits, and would be made twice otherwise.
+        words = pack_ids(operands.labels, operands.logits.shape[-1])
+        task, operands = dataclasses.replace(task, labels="packed"), operands._replace(labels=words)
     one_block = (tiling.rows, tiling.classes) == operands.logits.shape
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     if one_block or one_result:
@@ -45,6 +51,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
 def _value(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     """Losses of elements or their sums over the classes, block by block."""
     rows, classes = operands.logits.shape
+    packed = task.labels == "packed"
     losses = dataclasses.replace(task.bind(operands.scalars), value="elements")
 
     def at(operand: Array, row: Array, column: Array) -> Array:
@@ -60,8 +67,13 @@ def _value(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         column = jnp.minimum(j * tiling.classes, classes - tiling.classes)
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands.arrays(), row))
-        tile = Operands(**{name: at(array, row, column) for name, array in arrays.items()})
-        value = losses.evaluate(tile, chip=CPU).value
+        parts = {name: at(array, row, column) for name, array in arrays.items() if not (packed and name == "labels")}
+        if packed:
+            words = lax.dynamic_slice(arrays["labels"], (row, 0), (tiling.rows, arrays["labels"].shape[1]))
+            if tiling.classes < classes:
+                words = cut(words, column, tiling.classes)
+            parts["labels"] = unpack(words, tiling.classes)
+        value = losses.evaluate(Operands(**parts), chip=CPU).value
         if task.value == "elements":
             return lax.dynamic_update_slice(result, value, (row, column))
         if classes % tiling.classes:
