@@ -398,8 +398,8 @@ def cut(words: Array, first: Array | int, classes: int) -> Array:
     here, after = (
         jnp.roll(lax.dynamic_slice_in_dim(by_group, group + k, groups, axis), -lanes, axis=-1) for k in (0, 1)
     )
-    # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one bit
-    # more. A shift by 32 bits has no meaning.
+    # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one
+    # bit more. A shift by 32 bits has no meaning.
     shift = jnp.where(lax.iota(jnp.int32, LANES) + lanes >= LANES, bits + 1, bits).astype(jnp.uint32)
     low = jnp.where(shift < BITS, here >> jnp.minimum(shift, BITS - 1), 0)
     high = jnp.where(shift > 0, after << jnp.minimum(BITS - shift, BITS - 1), 0)
@@ -433,6 +433,27 @@ def pack_tile(ids: Array, first: Array, classes: int) -> Array:
     for t in range(ids.shape[0]):
         words |= jnp.where(numbers == word[t : t + 1], jnp.broadcast_to(bit[t : t + 1], shape), 0)
     return words
+
+
+def word_and_bit(label: Array) -> tuple[Array, Array]:
+    """Where the bit of a class is."""
+    return (label >> 12 << 7) | (label & (LANES - 1)), (label >> 7) & (BITS - 1)
+
+
+def byte_tile(ids: Array, classes: int) -> Array:
+    """(rows, classes / 8), int32: bit b of byte n says whether the (rows, 1) id is 8 n + b.
+
+    On a GPU eight neighbouring classes are one thread's, so that bytes become labels without leaving it.
+    """
+    numbers = lax.broadcasted_iota(jnp.int32, (1, classes // 8), 1)
+    return jnp.where(numbers == ids >> 3, lax.shift_left(jnp.int32(1), ids & 7), 0)
+
+
+def unpack_bytes(bits: Array) -> Array:
+    """Bool (rows, 8 n) from (rows, n)."""
+    rows, n = bits.shape
+    spread = jnp.broadcast_to(bits[:, :, None], (rows, n, 8)) >> lax.broadcasted_iota(jnp.int32, (1, 1, 8), 2)
+    return (spread & 1 != 0).reshape(rows, 8 * n)
 
 
 def check_classes(classes: Any) -> int:

@@ -68,7 +68,7 @@ def cotangent_of(shape: tuple[int, ...], seed: int = 2) -> NDArray[Any]:
 
 def evaluate(
     logits: ArrayLike,
-    labels: ArrayLike,
+    labels: Any,
     cotangent: ArrayLike,
     *,
     implementation: str | None,
@@ -83,7 +83,7 @@ def evaluate(
     with mode:
         value, slope = _compiled(implementation, static)(
             jnp.asarray(logits),
-            jnp.asarray(labels),
+            jax.tree.map(jnp.asarray, labels),
             cotangent,
             {k: jnp.asarray(v) for k, v in dynamic.items()},
         )
@@ -206,13 +206,18 @@ def assert_parity(
     implementation: str | None,
     traced: tuple[str, ...] = (),
     cotangent: NDArray[Any] | None = None,
+    form: Any = None,
     **options: Any,
 ) -> Pair:
-    """Loss and gradient are as near to float64 as the bound asks, and have the promised dtypes."""
+    """Loss and gradient are as near to float64 as the bound asks, and have the promised dtypes.
+
+    The loss gets the labels as they are, or in a `form`: PackedLabels or SparseLabels.
+    """
     of_loss = {name: option for name, option in options.items() if name != "donate_logits"}  # that is for memory alone
     shape = float64.asymmetric_loss(logits, labels, **of_loss).shape
     ct = cotangent_of(shape) if cotangent is None else cotangent
-    value, slope = evaluate(logits, labels, ct, implementation=implementation, traced=traced, **options)
+    given = labels if form is None else form.from_dense(labels)
+    value, slope = evaluate(logits, given, ct, implementation=implementation, traced=traced, **options)
     truth, true_slope = true_pair(logits, labels, ct, **of_loss)
     careful, careful_slope = careful_pair(logits, labels, ct, **of_loss)
     double = logits.dtype == np.float64

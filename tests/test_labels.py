@@ -1,4 +1,4 @@
-"""Labels as bits and as ids: every way in and out is lossless, and bad input is named."""
+"""Labels as bits and as ids: every way in and out is lossless, the loss of either is that of dense ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse
+from cases import assert_parity, cotangent_of, labels_of, logits_of
 
-from asl_pallas import PackedLabels, SparseLabels
+from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
+from asl_pallas.labels import cut, unpack
 
 S = jax.ShapeDtypeStruct
 KINDS = (PackedLabels, SparseLabels)
@@ -204,3 +206,120 @@ BAD = [
 def test_bad_input_is_named(make, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
         make()
+
+
+@pytest.mark.parametrize("first", [0, 1, 127, 128, 4000, 4096, 4097, 5504, 8191])
+def test_words_can_be_cut_anywhere(first):
+    dense = dense_of((2, 12_500), share=0.3)
+    words = PackedLabels.from_dense(jnp.asarray(dense)).words
+    for classes in (1, 300, 4096, 4309):
+        found = unpack(jax.jit(cut, static_argnums=2)(words, first, classes), classes)
+        np.testing.assert_array_equal(found, dense[:, first : first + classes])
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize(("shape", "dtype"), [((33, 80), "bfloat16"), ((5, 257), "float32"), ((2, 9605), "float32")])
+def test_the_loss_of_either_form_matches_float64(implementation, form, shape, dtype):
+    assert_parity(logits_of(shape, dtype=dtype), labels_of(shape), implementation=implementation, form=form)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_either_form_goes_with_the_other_arguments(implementation, form):
+    shape = (2, 3, 1100)
+    random = np.random.default_rng(3)
+    assert_parity(
+        logits_of(shape),
+        labels_of(shape),
+        implementation=implementation,
+        form=form,
+        axis=None,
+        where=random.random(shape) < 0.8,
+        weights=random.random((2, 3, 1)).astype(np.float32),
+        pos_weight=random.random(shape[-1:]).astype(np.float32),
+        label_smoothing=0.1,
+    )
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("axis", [(), 0, (0, 1), (1, 2)], ids=str)
+def test_every_axis_gives_what_dense_labels_give(form, axis):
+    x, y = logits_of((3, 4, 130)), labels_of((3, 4, 130))
+
+    def both(labels: Any) -> Any:
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.log1p(asymmetric_loss(x, labels, axis=axis))))(x)
+
+    for found, expected in zip(both(form.from_dense(y)), both(y), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_ids_come_in_any_order_and_number_and_what_is_no_class_counts_for_nothing(implementation):
+    x = logits_of((4, 4200))
+    # More than a register's rows of them, none, one twice, and those that no check sees.
+    ids = np.full((4, 11), -1, np.int32)
+    ids[0], ids[1, 5], ids[3, :5] = np.arange(4199, 0, -400), 4199, (7, 4096, 7, 4200, -5000)
+    dense = np.zeros(x.shape, np.int8)
+    dense[0, ids[0]] = dense[1, 4199] = dense[3, 7] = dense[3, 4096] = 1
+
+    @jax.jit
+    def loss(x: Any, ids: Any) -> Any:
+        return asymmetric_loss(x, SparseLabels(ids, 4200), implementation=implementation)
+
+    np.testing.assert_allclose(loss(x, ids), asymmetric_loss(x, dense), rtol=2e-6)
+    np.testing.assert_allclose(loss(x, ids[:, :0]), asymmetric_loss(x, np.zeros_like(dense)), rtol=2e-6)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_blocks_of_rows_and_of_words_meet_without_a_gap(form):
+    """Float32 logits by element in blocks of 2048 classes, so that two blocks share a group of words."""
+    shape = (140, 4700)
+    x, y = logits_of(shape), labels_of(shape)
+    expected = jax.jit(lambda x: asymmetric_loss(x, y, axis=(), weights=np.ones(shape)))(x)
+    with kernels.interpret_mode():
+        found = asymmetric_loss(
+            x, form.from_dense(y), axis=(), weights=np.ones(shape, np.float32), implementation="mosaic_tpu"
+        )
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", KINDS)
+@pytest.mark.parametrize("shape", [(3, 66_000), (300, 500)])
+def test_the_cpu_streams_either_form_over_every_edge(form, shape):
+    x, y = logits_of(shape), labels_of(shape)
+    expected = jax.jit(lambda x: asymmetric_loss(x, y))(x)
+    np.testing.assert_allclose(jax.jit(asymmetric_loss)(x, form.from_dense(y)), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_the_loss_of_either_form_transforms_as_that_of_dense_labels(form):
+    x, y = logits_of((3, 5, 130)), labels_of((3, 5, 130))
+    labels = form.from_dense(y)
+    direction = cotangent_of(x.shape)
+
+    def total(x: Any, y: Any) -> Any:
+        return asymmetric_loss(x, y, axis=None)
+
+    for f in (
+        jax.vmap(jax.value_and_grad(total)),
+        jax.vmap(jax.value_and_grad(total), in_axes=1),
+        jax.grad(lambda x, y: jnp.vdot(jax.grad(total)(x, y), direction)),
+        jax.grad(lambda x, y: jax.lax.scan(lambda c, a: (c + total(*a), None), 0.0, (x, y))[0]),
+    ):
+        for found, expected in zip(jax.tree.leaves(f(x, labels)), jax.tree.leaves(f(x, y)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    _, of_labels = jax.grad(total, argnums=(0, 1), allow_int=True)(x, labels)
+    assert isinstance(of_labels, form) and array_of(of_labels).dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("form", KINDS)
+def test_labels_that_fit_no_loss_are_named(form):
+    x, labels = np.zeros((2, 300), np.float32), form.from_dense(X)
+    with pytest.raises(ValueError, match=r"of shape \(1, 300\); expected the logits' shape \(2, 300\)"):
+        asymmetric_loss(x, labels[:1])
+    with pytest.raises(ValueError, match=r"of shape \(2, 300\); expected the logits' shape \(2, 299\)"):
+        asymmetric_loss(x[:, 1:], labels)
+    with pytest.raises(TypeError, match=r"ignore_label=-1 needs integer labels.*where"):
+        asymmetric_loss(x, labels, ignore_label=-1)
+    with pytest.raises(TypeError, match="float32; expected"):  # what came out of a pytree is looked at again
+        asymmetric_loss(x, jax.tree.map(lambda array: array.astype(np.float32), labels))
+    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
+        asymmetric_loss(x, labels, implementation="mosaic_gpu")

@@ -15,7 +15,7 @@ from cases import cotangent_of, labels_of, logits_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from asl_pallas import asymmetric_loss, kernels
+from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
 
 SHAPE = (4, 8, 48)
 SPECS = [
@@ -228,3 +228,37 @@ def test_second_derivatives_on_a_mesh(kind):
         direction = jax.device_put(direction, NamedSharding(mesh, spec))
         found = jax.jit(lambda x: curvature(x, spec if kind == AxisType.Auto else None))(on_mesh)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [PackedLabels, SparseLabels])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize(
+    ("implementation", "classes", "spec"),
+    [
+        # Shards with whole groups of words, with whole registers, and with neither.
+        (None, 8192, P(None, None, "model")),
+        (None, 8192, P("data", None, ("model",))),
+        ("mosaic_tpu", 8192, P(None, None, ("model", "data"))),
+        (None, 48, P("data", None, "model")),
+        ("triton", 9608, P(None, "model", "data")),
+        (None, 48, P(None, ("data", "model"))),
+    ],
+    ids=str,
+)
+def test_packed_and_sparse_labels_on_a_mesh(form, kind, implementation, classes, spec):
+    x, y = logits_of((4, 8, classes)), labels_of((4, 8, classes))
+    labels = form.from_dense(y)
+    with interpreted(implementation):
+        loss, slope = jax.jit(both(None, None))(x, y, {})
+        mesh = mesh_of(kind)
+        with jax.set_mesh(mesh):
+            on_mesh = jax.device_put(x, NamedSharding(mesh, spec))
+            # The words lie otherwise than the logits, across their last dimension too.
+            moved = jax.device_put(
+                labels, NamedSharding(mesh, P(None, "data", "model" if form is PackedLabels else None))
+            )
+            named = spec if kind == AxisType.Auto else None
+            found = jax.jit(both(implementation, named))(on_mesh, moved, {})
+    np.testing.assert_allclose(found[0], loss, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(found[1], slope, rtol=1e-5, atol=1e-6)
+    assert found[1].sharding.is_equivalent_to(on_mesh.sharding, 3)

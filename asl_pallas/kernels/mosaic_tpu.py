@@ -201,6 +201,7 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
 
     def walk(chunks_of_group):
         """Every group of the block that has rows."""
+
         def one(g, _):
             zero = jnp.zeros((group, LANES), jnp.float32) if "sums" in scratch else None
             sums = chunks_of_group(g, zero)

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
+from asl_pallas.labels import PADDING, byte_tile, unpack_bytes, word_and_bit
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -25,6 +26,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     spans = pl.cdiv(classes, tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
 
+    if task.labels == "sparse" and operands.labels.shape[1] == 0:
+        operands = operands._replace(labels=jnp.full((rows, 1), PADDING, jnp.int32))
     names = tuple(name for name in Operands._fields if getattr(operands, name) is not None)
     outputs = {}
     if task.value == "rows":
@@ -64,6 +67,11 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
         scalars = inputs.pop("scalars")
         task = task.bind(scalars[k] for k in range(scalars.shape[0]))
 
+    few_labels = None
+    if task.labels != "dense":
+        form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
+        few_labels = form(inputs.pop("labels"), tiling, i * tiling.rows, row_exists)
+
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
         class_exists = None
@@ -88,8 +96,10 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
             index, mask = place(ref)
             plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
 
-        tile = Operands(**{name: load(ref) for name, ref in inputs.items()})
-        result = task.evaluate(tile, class_exists)
+        tile = {name: load(ref) for name, ref in inputs.items()}
+        if few_labels is not None:
+            tile["labels"] = few_labels(c)
+        result = task.evaluate(Operands(**tile), class_exists)
         if task.gradient:
             store(out["gradient"], result.gradient)
         if task.value == "elements":
@@ -106,3 +116,43 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
     if task.value == "rows":
         index = (at_rows, pl.ds(j, 1))
         plgpu.store(out["value"].at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)
+
+
+def _packed_labels(ref, tiling: TritonTiling, first_row, row_exists):
+    """The labels of chunk c, bit by bit; eight classes that are neighbours are so in eight words of the cache."""
+
+    def labels(c):
+        word, bit = word_and_bit(c * tiling.chunk + lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1))
+        words = _load_at(ref, first_row, word, row_exists, (tiling.rows, tiling.chunk))
+        return (words >> bit.astype(jnp.uint32)) & jnp.uint32(1) != 0
+
+    return labels
+
+
+def _sparse_labels(ref, tiling: TritonTiling, first_row, row_exists):
+    """The labels of chunk c, by a look at every id if any is in the chunk, which few chunks of a long row have."""
+    k = ref.shape[1]
+    columns = lax.broadcasted_iota(jnp.int32, (1, 1 << (k - 1).bit_length()), 1)
+    shape = (tiling.rows, columns.shape[1])
+    in_row = columns < k if row_exists is None else jnp.logical_and(columns < k, row_exists)
+    ids = _load_at(ref, first_row, columns, in_row, shape, PADDING)
+
+    def labels(c):
+        def mark(t, found):
+            ids = _load_at(ref, first_row, t, row_exists, (tiling.rows, 1), PADDING)
+            return found | byte_tile(ids - c * tiling.chunk, tiling.chunk)
+
+        none = jnp.zeros((tiling.rows, tiling.chunk // 8), jnp.int32)
+        here = jnp.max((ids >> (tiling.chunk.bit_length() - 1) == c).astype(jnp.int32)) > 0
+        return unpack_bytes(lax.cond(here, lambda: lax.fori_loop(0, k, mark, none), lambda: none))
+
+    return labels
+
+
+def _load_at(ref, first_row, columns, mask, shape: tuple[int, int], other: int = 0):
+    """Elements of the program's rows, at any columns."""
+    rows = lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0) + first_row
+    index = tuple(jnp.broadcast_to(at, shape) for at in (rows, columns))
+    if mask is None:
+        return plgpu.load(ref.at[index])
+    return plgpu.load(ref.at[index], mask=jnp.broadcast_to(mask, shape), other=jnp.array(other, ref.dtype))
