@@ -230,14 +230,15 @@ def check_implementation(implementation: Any) -> str | None:
     return implementation
 
 
-def check_logits_spec(logits_spec: Any, ndim: int) -> PartitionSpec | None:
-    if logits_spec is None:
+def check_spec(name: str, spec: Any, ndim: int) -> PartitionSpec | None:
+    """How the array of that name lies."""
+    if spec is None:
         return None
-    if not isinstance(logits_spec, PartitionSpec):
-        raise TypeError(f"logits_spec={logits_spec!r}; expected a jax.sharding.PartitionSpec")
-    if len(logits_spec) > ndim:
-        raise ValueError(f"logits_spec={logits_spec} has {len(logits_spec)} entries; the logits have {ndim} dimensions")
-    return logits_spec
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"{name}_spec={spec!r}; expected a jax.sharding.PartitionSpec")
+    if len(spec) > ndim:
+        raise ValueError(f"{name}_spec={spec} has {len(spec)} entries; the {name} have {ndim} dimensions")
+    return spec
 
 
 def check_flag(name: str, flag: Any) -> bool:

@@ -34,7 +34,7 @@ class Arrays(NamedTuple):
     features: Array
     kernel: Array
     bias: Array | None
-    labels: Array
+    labels: Any
     where: Array | None = None
     weights: Array | None = None
     pos_weight: Array | None = None
@@ -109,6 +109,10 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
                 for name, o in operands.items()
             },
         )
+        if work.implementation not in (None, kernels.PLAIN):
+            reason = kernels.refusal(work.implementation, tile, task.labels)
+            if reason is not None:
+                raise NotImplementedError(f"implementation={work.implementation!r} can't serve this call: {reason}")
         value, gradient = kernels.run(task, tile, work.implementation, work.interpret)
         value = None if value is None else found.value + value
         if gradient is None:
@@ -155,7 +159,13 @@ def over_chunks(one: Callable[[Any, int, Any], Any], carry: Any, classes: int, c
 
 
 def top_k(
-    features: Array, kernel: Array, bias: Array | None, k: int, chunk: int | None, precision: Any, exchange: Exchange = ALONE
+    features: Array,
+    kernel: Array,
+    bias: Array | None,
+    k: int,
+    chunk: int | None,
+    precision: Any,
+    exchange: Exchange = ALONE,
 ) -> tuple[Array, Array]:
     """Scores and ids of the best k classes of each example, best first, equal scores by the lower id."""
     features, kernel, bias = vary_alike((features, kernel, bias))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import warnings
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,15 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, chunks, kernels
+from asl_pallas import arguments, chunks, head_sharding, kernels
 from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
+from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.tile import Task, compute_dtype
-from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.sharding import CannotCutError
 
 
 def linear_asymmetric_loss(
@@ -104,20 +106,23 @@ def linear_asymmetric_loss(
     formula = AsymmetricLoss(
         **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
     )
-    size = arguments.check_chunk_size(chunk_size)
+    form, label_array = arguments.check_labels(labels, logits, where, ignore)
     call = _Call(
         task=Task(
             formula,
             value="rows",
             gradient=False,
+            labels=form,
             ignore_label=ignore,
             label_smoothing=arguments.check_label_smoothing(label_smoothing),
         ),
         axes=axes,
-        chunk_size=size,
+        chunk_size=arguments.check_chunk_size(chunk_size),
         precision=arguments.check_precision(precision),
         implementation=arguments.check_implementation(implementation),
         interpret=kernels.interpreting(),
+        features_spec=arguments.check_spec("features", features_spec, x.ndim),
+        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
     )
     return _linear_asymmetric_loss(
         call,
@@ -125,7 +130,7 @@ def linear_asymmetric_loss(
             features=x,
             kernel=w,
             bias=arguments.check_bias(bias, w),
-            labels=arguments.check_labels(labels, logits, where, ignore),
+            labels=label_array,
             where=mask,
             weights=arguments.check_weights(weights, logits),
             pos_weight=arguments.check_pos_weight(pos_weight, logits),
@@ -144,6 +149,8 @@ class _Call:
     precision: Any
     implementation: str | None
     interpret: bool
+    features_spec: PartitionSpec | None
+    kernel_spec: PartitionSpec | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -171,16 +178,21 @@ def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
     work = Work(
         task=call.task,
         gradients=(),
-        chunk=call.chunk_size or head_chunk(arrays.features.size // max(1, arrays.features.shape[-1]), classes),
+        chunk=call.chunk_size,
         precision=call.precision,
         implementation=call.implementation,
         interpret=call.interpret,
     )
-    total = call.axes == tuple(range(ndim))
-    plan = _Plan(work, total)
+    plan = _Plan(work, total=call.axes == tuple(range(ndim)), layout=None)
+    layout = _layout_of(arrays.features, arrays.kernel, call.features_spec, call.kernel_spec, "linear_asymmetric_loss")
+    if layout == "unknown":
+        plan = plan.plain()
+    elif isinstance(layout, HeadLayout):
+        plan = dataclasses.replace(plan, layout=layout)
+        arrays = head_sharding.lay(arrays, call.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
     loss = _loss(plan, vary_alike(arrays))
-    return loss if total else jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
+    return loss if plan.total else jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +201,7 @@ class _Plan:
 
     work: Work
     total: bool
+    layout: HeadLayout | None
 
     def wants(self, *, value: bool, gradients: tuple[str, ...]) -> _Plan:
         task = dataclasses.replace(self.work.task, value="rows" if value else None)
@@ -199,9 +212,14 @@ class _Plan:
 
 
 def _evaluate(plan: _Plan, arrays: Arrays) -> Found:
-    found = chunks.run(plan.work, arrays)
-    if plan.total and found.value is not None:
-        found = found._replace(value=jnp.sum(found.value))
+    if plan.layout is None:
+        found = chunks.run(plan.work, arrays)
+        if plan.total and found.value is not None:
+            found = found._replace(value=jnp.sum(found.value))
+    else:
+        found = head_sharding.on_shards(plan.work, arrays, plan.layout, plan.total)
+    if found.features is not None:
+        found = found._replace(features=found.features.astype(arrays.features.dtype))
     return found
 
 
@@ -305,13 +323,40 @@ def linear_top_k(
     x = arguments.check_features(features)
     w = arguments.check_kernel(kernel, x)
     b = arguments.check_bias(bias, w)
-    count = arguments.check_k(k, w.shape[1])
-    size = arguments.check_chunk_size(chunk_size) or head_chunk(x.size // max(1, x.shape[-1]), w.shape[1])
-    return _linear_top_k(count, size, arguments.check_precision(precision), x, w, b)
+    call = _TopK(
+        k=arguments.check_k(k, w.shape[1]),
+        chunk_size=arguments.check_chunk_size(chunk_size),
+        precision=arguments.check_precision(precision),
+        features_spec=arguments.check_spec("features", features_spec, x.ndim),
+        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
+    )
+    return _linear_top_k(call, x, w, b)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _linear_top_k(
-    k: int, chunk: int, precision: Any, features: Array, kernel: Array, bias: Array | None
-) -> tuple[Array, Array]:
-    return chunks.top_k(features, kernel, bias, k, chunk, precision)
+@dataclasses.dataclass(frozen=True)
+class _TopK:
+    k: int
+    chunk_size: int | None
+    precision: Any
+    features_spec: PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linear_top_k(call: _TopK, features: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
+    layout = _layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
+    arguments_of_call = (features, kernel, bias, call.k, call.chunk_size, call.precision)
+    if isinstance(layout, HeadLayout):
+        return head_sharding.top_k(*arguments_of_call, layout)
+    return chunks.top_k(*arguments_of_call)
+
+
+def _layout_of(
+    features: Array, kernel: Array, features_spec: Any, kernel_spec: Any, function: str
+) -> HeadLayout | Literal["unknown"] | None:
+    try:
+        return head_sharding.layout_of(features, kernel, features_spec, kernel_spec)
+    except CannotCutError as reason:
+        # Right in any case, and XLA can partition it, if not as well; a kernel it can't.
+        warnings.warn(f"{reason}; {function} leaves the loop over the classes to XLA", stacklevel=5)
+        return "unknown"
