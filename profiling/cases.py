@@ -10,11 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from asl_pallas import PackedLabels, SparseLabels
+from asl_pallas.kernels.tile import Form, Operands
+from asl_pallas.labels import words_for
 from profiling import targets
 
 CPU, GPU, TPU = "cpu", "gpu", "tpu"  # backends that run, beside the chips that are compiled for
 BACKENDS = (CPU, GPU, TPU)
 COMPILED = targets.TARGETS
+# Of sparse labels, how many a row has.
+IDS = 16
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -28,7 +33,8 @@ class Case:
 
     Attributes:
       shape: (batch, classes).
-      logits, labels: dtypes. Labels of a float dtype are soft.
+      logits, labels: dtypes. Labels of a float dtype are soft; "packed" and "sparse" ones are PackedLabels and
+        SparseLabels with `IDS` ids.
       places: the backends that run it and the chips that it is compiled for.
     """
 
@@ -48,24 +54,48 @@ class Case:
 
     @property
     def soft(self) -> bool:
-        return jnp.issubdtype(jnp.dtype(self.labels), jnp.floating)
+        return self.form == "dense" and jnp.issubdtype(jnp.dtype(self.labels), jnp.floating)
+
+    @property
+    def form(self) -> Form:
+        return {"packed": "packed", "sparse": "sparse"}.get(self.labels, "dense")  # type: ignore[return-value]
 
     @property
     def floor(self) -> int:
         """Bytes that value and gradient can't do without: logits and labels read once, the gradient written once."""
-        return self.elements * (2 * jnp.dtype(self.logits).itemsize + jnp.dtype(self.labels).itemsize)
+        of_labels = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes()[1]))
+        return self.elements * 2 * jnp.dtype(self.logits).itemsize + of_labels
 
     def floor_of(self, mode: str) -> int:
         return self.floor - (0 if mode == GRADIENT else self.elements * jnp.dtype(self.logits).itemsize)
 
-    def shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        return jax.ShapeDtypeStruct(self.shape, self.logits), jax.ShapeDtypeStruct(self.shape, self.labels)
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, Any]:
+        rows, classes = self.shape
+        labels: Any
+        if self.form == "packed":
+            labels = PackedLabels(jax.ShapeDtypeStruct((rows, words_for(classes)), jnp.uint32), classes)
+        elif self.form == "sparse":
+            labels = SparseLabels(jax.ShapeDtypeStruct((rows, IDS), jnp.int32), classes)
+        else:
+            labels = jax.ShapeDtypeStruct(self.shape, self.labels)
+        return jax.ShapeDtypeStruct(self.shape, self.logits), labels
+
+    def operands(self) -> Operands:
+        """What a kernel gets, in shapes."""
+        logits, labels = self.shapes()
+        (of_labels,) = jax.tree.leaves(labels)
+        return Operands(logits, of_labels)  # type: ignore[arg-type]
 
     def arrays(self) -> tuple[Any, Any]:
-        """NumPy logits and labels: normal logits around -2, one label in a hundred positive."""
+        """NumPy logits and labels: normal logits around -2, one label in a hundred positive, or `IDS` ids a row."""
         random = np.random.default_rng(0)
         logits = random.standard_normal(self.shape, np.float32) * 3 - 2
+        if self.form == "sparse":
+            ids = random.integers(0, self.shape[1], (self.shape[0], IDS))
+            return logits.astype(jnp.dtype(self.logits)), SparseLabels(ids, self.shape[1])
         labels = random.random(self.shape, np.float32) < 0.01
+        if self.form == "packed":
+            return logits.astype(jnp.dtype(self.logits)), PackedLabels.from_dense(labels)
         if self.soft:
             labels = np.where(labels, np.float32(0.9), np.float32(0.02))
         return logits.astype(jnp.dtype(self.logits)), labels.astype(jnp.dtype(self.labels))
@@ -85,9 +115,13 @@ CASES = (
     Case((64, 80), "float32", "int8", BACKENDS),
     Case((262144, 80), "float32", "int8", BACKENDS),
     Case((64, 131072), "float32", "int8", BACKENDS),
+    Case((64, 131072), "float32", "packed", BACKENDS),
+    Case((64, 131072), "float32", "sparse", BACKENDS),
     ON_CHIP,
     Case((4096, 8192), "float32", "int8", (GPU, TPU, *COMPILED)),
     Case((4096, 8192), "bfloat16", "bfloat16", (GPU, TPU, *COMPILED)),
+    Case((4096, 8192), "bfloat16", "packed", (GPU, TPU, *COMPILED)),
+    Case((4096, 8192), "bfloat16", "sparse", (GPU, TPU, *COMPILED)),
     Case((4096, 9605), "bfloat16", "int8", (GPU, TPU, *COMPILED)),
     Case((4096, 80), "bfloat16", "int8", (GPU, TPU, *COMPILED)),
 )

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from asl_pallas import asymmetric_loss, kernels
-from asl_pallas.kernels.tile import Operands
 from profiling import closed_form, targets, torch_peers
 from profiling.cases import CPU, FORWARD, GPU, TPU, Case, UnknownName
 from reference import autodiff
@@ -85,10 +84,12 @@ class Contender:
 
     def check(self, case: Case) -> None:
         """Raises Unserved where the contender isn't made for the case."""
+        if case.form != "dense" and not self.ours:
+            raise Unserved("takes dense labels")
         if case.soft and self.name == "closed-form":
             raise Unserved("written for hard labels")
-        if self.ours and self.implementation != "xla":
-            reason = kernels.refusal(self.implementation, Operands(*case.shapes()))  # type: ignore[arg-type]
+        if self.implementation not in (None, "xla"):
+            reason = kernels.refusal(self.implementation, case.operands(), case.form)
             if reason:
                 raise Unserved(reason)
 

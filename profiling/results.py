@@ -2,7 +2,8 @@
 
 profiling/results/DEVICE/WHAT.json holds the rows of one kind of measurement on one device, or compiled for one chip.
 Every row names its run, and a run has the device, the versions, the date and the command: a later, smaller run replaces
-the rows that it measured and leaves the others as they were, with their own run.
+the rows that it measured and leaves the others as they were, with their own run. Times are the exception: those of one
+table are all of one run, since between runs they can't be compared.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from profiling.cases import GRADIENT, ON_CHIP, ON_CPU, Case
 SCHEMA = 1
 FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 KINDS = ("memory", "speed", "growth", "schedule", "parity")
+TIMED = ("speed", "growth")
 # What became of a row. Only a failed one is an error.
 MEASURED, FAILED, MISSING, UNSERVED, LEFT_OUT = "measured", "failed", "missing", "unserved", "left out"
 STATUSES = (MEASURED, FAILED, MISSING, UNSERVED, LEFT_OUT)
@@ -56,6 +58,10 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         return self.kind, self.device, self.case, self.contender, self.mode
+
+    @property
+    def table(self) -> tuple[str, ...]:
+        return self.kind, self.device, self.case, self.mode
 
     @property
     def measured(self) -> bool:
@@ -137,7 +143,10 @@ def load_or_empty(path: pathlib.Path) -> Document:
 
 
 def save(rows: Iterable[Row], run: Run, folder: pathlib.Path = FOLDER) -> list[pathlib.Path]:
-    """Puts the rows into their files; what this run did not get to, or left out, stays as an earlier run had it."""
+    """Puts the rows into their files; what this run did not get to, or left out, stays as an earlier run had it.
+
+    But not beside fresh times: a contender that isn't in this run, for want of torch say, leaves the table.
+    """
     by_file: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         by_file.setdefault((row.device, row.kind), []).append(dataclasses.replace(row, run=run.key))
@@ -145,7 +154,8 @@ def save(rows: Iterable[Row], run: Run, folder: pathlib.Path = FOLDER) -> list[p
     for (device, kind), fresh in by_file.items():
         path = path_of(device, kind, folder)
         before = load_or_empty(path)
-        kept = {row.key: row for row in before.rows}
+        timed_anew = {row.table for row in fresh if row.measured and kind in TIMED}
+        kept = {row.key: row for row in before.rows if row.table not in timed_anew}
         for row in fresh:
             had = kept.get(row.key)
             if row.status in (LEFT_OUT, MISSING) and had is not None and had.measured:

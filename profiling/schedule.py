@@ -14,9 +14,9 @@ import math
 from typing import Any
 
 from asl_pallas.formula import AsymmetricLoss
-from asl_pallas.kernels.tile import Operands, Task
-from asl_pallas.kernels.tiling import tpu_tiling, triton_tiling
-from profiling import contenders, targets
+from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling, triton_tiling
+from profiling import cases, contenders, targets
 from profiling.cases import FORWARD, GRADIENT, MODES, Case
 from profiling.contenders import Contender
 from profiling.session import Job, Request, Session, pairs, places_of
@@ -62,15 +62,18 @@ def on_tpu(target: str, case: Case, contender: Contender, mode: str) -> dict[str
     units: dict[str, float] = {}
     for schedule in found:
         trips, tile = trips_of(schedule, case, mode)
-        innermost = schedule.innermost / (tile / 1024) if tile else innermost
+        innermost = schedule.innermost.bundles / (tile / 1024) if tile else innermost
         kernels.append({"name": schedule.name, "bundles_by_depth": schedule.by_depth, "trips_by_depth": trips})
         if trips is None:
             counted = False
             continue
-        cycles += sum(n * count for n, count in zip(trips, schedule.by_depth, strict=True))
-        for unit in schedule.units:
-            busy = sum(n * used for n, used in zip(trips, unit.used, strict=True)) / unit.capacity
-            units[unit.name] = units.get(unit.name, 0) + busy
+        turns = [trips[loop.depth] for loop in schedule.loops]
+        if tile and case.form == "sparse":
+            turns = _with_ids(turns, schedule, case, mode)
+        cycles += sum(n * loop.bundles for n, loop in zip(turns, schedule.loops, strict=True))
+        for k, (unit, capacity) in enumerate(schedule.units):
+            busy = sum(n * loop.used[k] for n, loop in zip(turns, schedule.loops, strict=True)) / capacity
+            units[unit] = units.get(unit, 0) + busy
     limiting = max(units, key=lambda name: units[name])
     return {
         "bundles_per_1024": cycles / (case.elements / 1024) if counted else None,
@@ -94,8 +97,7 @@ def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[f
         return tuple(trips[: len(schedule.by_depth)]), 0
     if "asl_pallas" not in schedule.name:
         return None, 0
-    task = Task(AsymmetricLoss(), "rows", mode == GRADIENT)
-    tiling = tpu_tiling(task, Operands(*case.shapes()))  # type: ignore[arg-type]
+    tiling = _tiling(case, mode)
     rows, classes = case.shape
     groups = math.ceil(rows / tiling.group)
     blocks = math.ceil(classes / tiling.classes)
@@ -104,6 +106,25 @@ def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[f
         # alone. Beside it the bundles around the chunks of the other blocks, of the same depth, are a percent.
         blocks = 1
     return (*trips, groups * blocks, groups * (classes // tiling.chunk)), tiling.group * tiling.chunk
+
+
+def _tiling(case: Case, mode: str) -> TpuTiling:
+    task = Task(AsymmetricLoss(), "rows", mode == GRADIENT, labels=case.form)
+    return tpu_tiling(task, case.operands())
+
+
+def _with_ids(turns: list[float], schedule: targets.Schedule, case: Case, mode: str) -> list[float]:
+    """The turns with those of the first loop of a block, which makes words of ids for 128 rows at a time."""
+    tiling = _tiling(case, mode)
+    rows, classes = case.shape
+    first = next(n for n, loop in enumerate(schedule.loops) if loop.depth == 2)
+    found = list(turns)
+    found[first] = math.ceil(rows / LANES) * math.ceil(classes / tiling.classes)
+    for n, loop in enumerate(schedule.loops[first + 1 :], first + 1):
+        if loop.depth <= 2:
+            break
+        found[n] = found[first] * tpu_ids(cases.IDS) // TPU_IDS
+    return found
 
 
 def on_cuda(target: str, case: Case, contender: Contender, mode: str) -> dict[str, Any]:

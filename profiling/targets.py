@@ -122,36 +122,47 @@ def temporary_bytes(compiled: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """A unit of a TPU's core: how many operations it takes a cycle, and how many there are at each depth of loops."""
+class Loop:
+    """Bundles of a loop, those of the loops inside it left out, and what they use of each unit.
 
-    name: str
-    capacity: int
+    Attributes:
+      depth: in how many loops it is; 0 for what is outside of all.
+    """
+
+    depth: int
+    bundles: int
     used: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A TPU kernel's final schedule: bundles, one a cycle, by the depth of the loop that they are in.
+    """A TPU kernel's final schedule: bundles, one a cycle, loop by loop in the program's order.
 
     Attributes:
       grid: how often the outermost loop turns, dimension by dimension.
-      units: the core's units; fills from and spills to memory are listed as units of their own.
+      units: the core's units by name, and how many operations each takes a cycle; fills from and spills to memory are
+        listed as units of their own.
     """
 
     name: str
-    by_depth: tuple[int, ...]
+    loops: tuple[Loop, ...]
     grid: tuple[int, ...]
-    units: tuple[Unit, ...]
+    units: tuple[tuple[str, int], ...]
 
     @property
-    def innermost(self) -> int:
-        return self.by_depth[-1]
+    def by_depth(self) -> tuple[int, ...]:
+        deepest = max(loop.depth for loop in self.loops)
+        return tuple(sum(loop.bundles for loop in self.loops if loop.depth == d) for d in range(deepest + 1))
+
+    @property
+    def innermost(self) -> Loop:
+        """The largest of the loops that are in the most others."""
+        return max(self.loops, key=lambda loop: (loop.depth, loop.bundles))
 
     @property
     def spills(self) -> int:
         """Vector registers that the innermost loop writes to memory for want of room, and reads back."""
-        return sum(unit.used[-1] for unit in self.units if ":" in unit.name)
+        return sum(n for n, (name, _) in zip(self.innermost.used, self.units, strict=True) if ":" in name)
 
 
 def schedules(target: str, script: str, *arguments: str) -> list[Schedule]:
@@ -184,22 +195,29 @@ _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2}:)?\s*:?\s*(>*)\s*\{")
 
 def _schedule(name: str, bundles: str, utilization: str) -> Schedule:
     depths = [len(m.group(1)) for m in map(_BUNDLE.match, bundles.splitlines()) if m]
-    all_depths = range(max(depths, default=0) + 1)
     grid = re.search(r"iteration_bounds: \(([\d, ]*)\)", bundles)
     _, names, capacities, _, *lines = utilization.splitlines()
     table = np.array([line.split() for line in lines if line.strip()], int)
     if len(table) != len(depths):
         raise RuntimeError(f"{name}: libtpu lists {len(depths)} bundles and what {len(table)} of them use")
-    used = [table[np.array(depths) == d].sum(axis=0) for d in all_depths]
-    units = [
-        Unit(unit.strip(), int(capacity), tuple(int(at_depth[k]) for at_depth in used))
-        for k, (unit, capacity) in enumerate(zip(names.split(","), capacities.split(), strict=True))
-    ]
+    loops = [0]  # the depth of each
+    inside = [0]  # the loops that the bundle before was in, from the outside in
+    of_bundle = []
+    for depth in depths:
+        del inside[depth + 1 :]
+        while len(inside) <= depth:
+            inside.append(len(loops))
+            loops.append(len(inside) - 1)
+        of_bundle.append(inside[-1])
+    belongs = np.array(of_bundle)
     return Schedule(
         name,
-        tuple(depths.count(d) for d in all_depths),
+        tuple(
+            Loop(depth, int((belongs == n).sum()), tuple(map(int, table[belongs == n].sum(axis=0))))
+            for n, depth in enumerate(loops)
+        ),
         tuple(int(n) for n in grid.group(1).split(",") if n.strip()) if grid else (),
-        tuple(units),
+        tuple((unit.strip(), int(n)) for unit, n in zip(names.split(","), capacities.split(), strict=True)),
     )
 
 

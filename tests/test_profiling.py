@@ -199,6 +199,27 @@ def test_a_smaller_run_replaces_its_own_rows_and_leaves_the_others_with_their_ru
     assert document.runs == {first.key: first, second.key: second}
 
 
+@pytest.mark.parametrize("kind", results.TIMED)
+def test_times_of_one_table_are_of_one_run(tmp_path, kind):
+    """The second run lacks torch and has no row of b at all: neither may stand beside its times."""
+    first = results.Run("2026-01-01", "python -m profiling report", "a machine", {"jax": "1"}, "abc")
+    second = dataclasses.replace(first, date="2026-01-02")
+    ours, b, torch = (dataclasses.replace(row_of(name, seconds=1.0), kind=kind) for name in ("ours", "b", "torch"))
+    elsewhere = dataclasses.replace(ours, mode=cases.FORWARD)
+    absent = dataclasses.replace(torch, figures={}, status=results.MISSING, note="no torch")
+    results.save([ours, b, torch, elsewhere], first, tmp_path)
+    (path,) = results.save([ours, absent], second, tmp_path)
+    document = results.load(path)
+    assert [(row.contender, row.run) for row in document.rows_of(SMALL, cases.GRADIENT).values()] == [
+        ("ours", second.key)
+    ]
+    assert [row.note for row in document.rows if row.status == results.MISSING] == ["no torch"]
+    assert [row.run for row in document.rows_of(SMALL, cases.FORWARD).values()] == [first.key]
+    # A run that measured nothing has nothing to compare, and takes nothing away.
+    results.save([absent], dataclasses.replace(first, date="2026-01-03"), tmp_path)
+    assert set(results.load(path).rows_of(SMALL, cases.GRADIENT)) == {"ours"}
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"schema": 0}', '{"schema": 1, "runs": {}, "rows": [{"kind": "memory"}]}']
 )
@@ -216,6 +237,8 @@ def test_the_committed_results_are_whole():
         document = results.load(path)
         assert document.rows and {row.device for row in document.rows} == {path.parent.name}
         assert all(run.versions["jax"] and run.machine for run in document.runs.values())
+        timed = [row for row in document.rows if row.measured and row.kind in results.TIMED]
+        assert all(len({row.run for row in timed if row.table == table}) == 1 for table in {row.table for row in timed})
 
 
 def interrupted() -> Any:

@@ -67,6 +67,7 @@ class TpuTiling:
 
 def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     rows, classes = operands.logits.shape
+    chunks = _TPU_CHUNKS[task.gradient]
     element_bytes = operands.logits.dtype.itemsize if task.gradient else 0
     full = [
         operand
@@ -79,19 +80,17 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     element_bytes += 5 * sum(operand.dtype.name in TPU_CONVERTED for operand in full)
     if task.value == "elements":
         element_bytes += compute_dtype(operands.logits.dtype).itemsize
-    fit = _TPU_BLOCK_BYTES // (2 * element_bytes * LANES)
-    chunks = _TPU_CHUNKS[task.gradient]
+    most = _TPU_BLOCK_BYTES // (2 * element_bytes * LANES)  # classes of a block that has few rows
     group = _TPU_GROUP
-    if classes <= min(fit, max(chunks[0], _TPU_WHOLE_ROW)):
+    chunk = _round_up(classes, LANES)
+    if chunk <= min(most, max(chunks[0], _TPU_WHOLE_ROW)):
         # A row is one chunk, and more rows, where there are any, fill the registers.
-        chunk = _round_up(classes, LANES)
         while group < rows and 2 * group * chunk <= _TPU_GROUP * chunks[0]:
             group *= 2
     else:
         # The widest chunk that leaves little of its last column of tiles empty.
-        chunk = next(c for c in chunks if c == LANES or (c <= fit and _round_up(classes, c) <= 1.1 * classes))
-    most = fit // chunk * chunk
-    block_classes = min(_TPU_CLASSES, most, _round_up(classes, chunk))
+        chunk = next(c for c in chunks if c == LANES or (c <= most and _round_up(classes, c) <= 1.1 * classes))
+    block_classes = min(_TPU_CLASSES, most // chunk * chunk, _round_up(classes, chunk))
     if task.labels != "dense" and block_classes < classes:
         # The words of a block are those of one group, whole.
         block_classes = 1 << (block_classes.bit_length() - 1)
