@@ -209,7 +209,7 @@ def _kernel_of(kernel: Array, start: Any, size: int, dtype: Any, exchange: Excha
 def _held(chunk: Array) -> Array:
     """The chunk, as something that XLA can't take for a slice of a whole that it could convert ahead of the loop.
 
-    That would be 256 MiB of bfloat16 from a float32 kernel of 1024 x 131,072 on v5e, where a barrier alone isn't enough.
+    That would be 256 MiB of bfloat16 from a float32 kernel of 1024 x 131,072 on v5e, where a barrier isn't enough.
     """
     bits = lax.bitcast_convert_type(chunk, jnp.dtype(f"uint{8 * chunk.dtype.itemsize}"))
     return lax.bitcast_convert_type(lax.optimization_barrier(bits), chunk.dtype)
