@@ -7,6 +7,7 @@ where Ctrl-C cut the session short, which keeps what it has.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -21,8 +22,11 @@ COMMANDS = {
     "parity": "every implementation against float64; exit status 1 if a bound is broken",
     "report": "all of these, as JSON, pictures and the README's tables",
     "bounds": "the figures that have to hold, and whether they do",
+    "head": "the linear head without logits beside the one with them",
     "pod": "how the loss scales over a TPU pod",
 }
+# These have no options.
+WHOLE = ("bounds", "head", "pod")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     commands = found.add_subparsers(dest="command", metavar="COMMAND")
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what)
-        if name in ("bounds", "pod"):
+        if name in WHOLE:
             continue
         command.add_argument(
             "--quick", action="store_true", help="the main cases, fewer rounds, nothing slow to compile"
@@ -57,14 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.command is None:
         parser().print_help()
         return 0
-    if options.command == "bounds":
-        from profiling import bounds
-
-        return bounds.main()
-    if options.command == "pod":
-        from profiling import pod
-
-        return pod.main()
+    if options.command in WHOLE:
+        return importlib.import_module(f"profiling.{options.command}").main()
     return measured(options, arguments)
 
 
