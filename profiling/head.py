@@ -112,7 +112,7 @@ def _cycles(schedule: targets.Schedule, chunk: int) -> float:
         total = float(outside + blocks * schedule.by_depth[1])
         for loop in schedule.loops:
             if loop.depth >= 2:
-                # Before the loop over tiles there is one that makes words of ids: for 128 rows a turn, 8 ids in its own.
+                # Before the loop over tiles there is one that makes words of ids: 128 rows a turn, 8 ids in its own.
                 of_words = loop.depth == 3 and loop is not innermost and loop.bundles > 8
                 turns = ROWS / 128 * (math.ceil(IDS / 8) if of_words else 1)
                 total += loop.bundles * (tiles if loop is innermost else turns)

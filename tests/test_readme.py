@@ -6,15 +6,25 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
+
+import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_readme_s_python_runs(capsys):
-    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]  # the second is a sketch of a pod
-    exec(compile(code, "README.md", "exec"), {})
+    *blocks, pod = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "make_mesh" in pod  # the last one is a sketch
+    names: dict[str, Any] = {}
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
     assert float(capsys.readouterr().out) > 0
+    assert names["losses"].shape == names["ids"].shape[:1] == (3,)
+    assert names["loss"] > 0 and jnp.any(names["gradients"].kernel[...] != 0)
+    for form in ("dense", "packed"):
+        assert jnp.allclose(names["losses"], names["asymmetric_loss"](jnp.ones((3, 1000)), names[form]), rtol=1e-6)
 
 
 def test_the_readme_s_files_exist():
