@@ -161,12 +161,12 @@ class PackedLabels(_Labels):
         dense = _dense(labels)
         if isinstance(dense, jax.Array):
             return cls(_pack(dense), dense.shape[-1])
-        bits = _padded(dense, words_for(dense.shape[-1]) * BITS, np)
-        by_bit = bits.reshape(*bits.shape[:-1], bits.shape[-1] // GROUP, BITS, LANES)
-        words = np.zeros((*by_bit.shape[:-2], LANES), np.uint32)
-        for j in range(BITS):
-            words |= by_bit[..., j, :].astype(np.uint32) << np.uint32(j)
-        return cls(words.reshape(*dense.shape[:-1], words_for(dense.shape[-1])), dense.shape[-1])
+        *leading, classes = dense.shape
+        needed = words_for(classes)
+        by_bit = _padded(dense, needed * BITS, np).reshape(*leading, needed // LANES, BITS, LANES)
+        by_byte = np.swapaxes(np.packbits(by_bit, axis=-2, bitorder="little"), -1, -2)
+        words = np.ascontiguousarray(by_byte).view("<u4").astype(np.uint32)
+        return cls(words.reshape(*leading, needed), classes)
 
     @classmethod
     def from_ids(cls, ids: Ids, classes: int) -> PackedLabels:
@@ -524,7 +524,8 @@ def _dense(labels: Any) -> Any:
 
 
 def _padded(array: Any, size: int, module: Any) -> Any:
-    return module.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
+    fill = size - array.shape[-1]
+    return module.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, fill)]) if fill else array
 
 
 @functools.partial(jax.jit, inline=True)
