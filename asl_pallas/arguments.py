@@ -32,7 +32,64 @@ def check_logits(logits: Any) -> Array:
     return array
 
 
-def check_labels(labels: Any, logits: Array, where: Any, ignore_label: int | None) -> tuple[Form, Array]:
+def check_features(features: Any) -> Array:
+    array = _array("features", features)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"features have dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.ndim == 0:
+        raise ValueError("features are a scalar; expected shape (..., d)")
+    return array
+
+
+def check_kernel(kernel: Any, features: Array) -> Array:
+    array = _array("kernel", kernel)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"kernel has dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    depth = features.shape[-1]
+    if array.ndim != 2 or array.shape[0] != depth:
+        raise ValueError(
+            f"kernel has shape {array.shape}; expected ({depth}, classes) for features of shape {features.shape}"
+        )
+    return array
+
+
+def check_bias(bias: Any, kernel: Array) -> Array | None:
+    if bias is None:
+        return None
+    array = _array("bias", bias)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"bias has dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.shape != kernel.shape[1:]:
+        raise ValueError(f"bias has shape {array.shape}; expected {kernel.shape[1:]}, one a class of the kernel")
+    return array
+
+
+def check_chunk_size(chunk_size: Any) -> int | None:
+    return None if chunk_size is None else _positive_int("chunk_size", chunk_size, "None or a Python int")
+
+
+def check_k(k: Any, classes: int) -> int:
+    count = _positive_int("k", k, "a Python int")
+    if count > classes:
+        raise ValueError(f"k={count}; expected at most {classes}, the classes of the kernel")
+    return count
+
+
+def check_precision(precision: Any) -> Any:
+    if precision is None:
+        return None
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(lambda a, b: jnp.dot(a, b, precision=precision), one, one)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"precision={precision!r}; expected what jax.lax.dot_general takes") from error
+    return precision
+
+
+def check_labels(
+    labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None
+) -> tuple[Form, Array]:
     """Their form and their array: words, ids, or an element each."""
     if isinstance(labels, (PackedLabels, SparseLabels)):
         if labels.shape != logits.shape:
@@ -85,7 +142,7 @@ def _check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
     return array
 
 
-def check_where(where: Any, logits: Array) -> Array | None:
+def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
     if where is None:
         return None
     array = _array("where", where)
@@ -94,13 +151,13 @@ def check_where(where: Any, logits: Array) -> Array | None:
     return _broadcastable("where", array, logits.shape)
 
 
-def check_weights(weights: Any, logits: Array) -> Array | None:
+def check_weights(weights: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
     if weights is None:
         return None
     return _broadcastable("weights", _real("weights", weights), logits.shape)
 
 
-def check_pos_weight(pos_weight: Any, logits: Array) -> Array | None:
+def check_pos_weight(pos_weight: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
     if pos_weight is None:
         return None
     array = _real("pos_weight", pos_weight)
@@ -173,20 +230,29 @@ def check_implementation(implementation: Any) -> str | None:
     return implementation
 
 
-def check_logits_spec(logits_spec: Any, ndim: int) -> PartitionSpec | None:
-    if logits_spec is None:
+def check_spec(name: str, spec: Any, ndim: int) -> PartitionSpec | None:
+    """How the array of that name lies."""
+    if spec is None:
         return None
-    if not isinstance(logits_spec, PartitionSpec):
-        raise TypeError(f"logits_spec={logits_spec!r}; expected a jax.sharding.PartitionSpec")
-    if len(logits_spec) > ndim:
-        raise ValueError(f"logits_spec={logits_spec} has {len(logits_spec)} entries; the logits have {ndim} dimensions")
-    return logits_spec
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"{name}_spec={spec!r}; expected a jax.sharding.PartitionSpec")
+    if len(spec) > ndim:
+        raise ValueError(f"{name}_spec={spec} has {len(spec)} entries; the {name} have {ndim} dimensions")
+    return spec
 
 
 def check_flag(name: str, flag: Any) -> bool:
     if not isinstance(flag, (bool, np.bool_)):
         raise TypeError(f"{name}={flag!r}; expected True or False")
     return bool(flag)
+
+
+def _positive_int(name: str, number: Any, expected: str) -> int:
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
+        raise TypeError(f"{name}={number!r}; expected {expected}")
+    if number < 1:
+        raise ValueError(f"{name}={number}; expected {name} >= 1")
+    return int(number)
 
 
 def _array(name: str, x: Any) -> Array:

@@ -6,44 +6,50 @@ forward mode runs into.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 _SENTENCE = (
-    "asymmetric_loss has no forward-mode derivative (jax.jvp, jax.jacfwd), since its kernels give the whole gradient "
+    "{} has no forward-mode derivative (jax.jvp, jax.jacfwd), since its kernels give the whole gradient "
     "in one pass; use jax.grad, jax.vjp or jax.jacrev, and jax.hessian for curvature"
 )
 
 _tangent_p = Primitive("asl_pallas_tangent")
 
 
-@jax.custom_jvp
-def reverse_mode_only(x: Array) -> Array:
-    """x itself."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def reverse_mode_only(x: Array, function: str = "asymmetric_loss") -> Array:
+    """x itself; `function` is whom the sentence names."""
     return x
 
 
 @reverse_mode_only.defjvp
-def _jvp(primals, tangents):
-    return primals[0], _tangent_p.bind(tangents[0])
+def _jvp(function, primals, tangents):
+    return primals[0], _tangent_p.bind(tangents[0], function=function)
 
 
 @_tangent_p.def_abstract_eval
-def _shape(tangent):
+def _shape(tangent, *, function):
     return tangent
 
 
 @_tangent_p.def_impl
-def _run(tangent):
-    raise TypeError(_SENTENCE)
+def _run(tangent, *, function):
+    raise TypeError(_SENTENCE.format(function))
 
 
-def _lower(ctx, tangent):
-    raise TypeError(_SENTENCE)
+def _lower(ctx, tangent, *, function):
+    raise TypeError(_SENTENCE.format(function))
+
+
+def _batch(operands, dims, *, function):
+    return _tangent_p.bind(operands[0], function=function), dims[0]
 
 
 mlir.register_lowering(_tangent_p, _lower)
-ad.primitive_transposes[_tangent_p] = lambda cotangent, tangent: [cotangent]
-batching.primitive_batchers[_tangent_p] = lambda operands, dims: (_tangent_p.bind(operands[0]), dims[0])
+ad.primitive_transposes[_tangent_p] = lambda cotangent, tangent, *, function: [cotangent]
+batching.primitive_batchers[_tangent_p] = _batch

@@ -117,7 +117,7 @@ def asymmetric_loss(
         implementation=arguments.check_implementation(implementation),
         interpret=kernels.interpreting(),
         donate_logits=arguments.check_flag("donate_logits", donate_logits),
-        logits_spec=arguments.check_logits_spec(logits_spec, x.ndim),
+        logits_spec=arguments.check_spec("logits", logits_spec, x.ndim),
     )
     arrays = _Arrays(
         logits=x,

@@ -19,7 +19,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from asl_pallas.kernels.tile import Operands, Result, Task
 from asl_pallas.labels import GROUP, cut
 
-Axes = tuple[tuple[str, ...], ...]
+Names = tuple[str, ...]
+Axes = tuple[Names, ...]
 # No dimension's size: one that is alike on all devices.
 ALIKE = -1
 
@@ -33,7 +34,7 @@ class Layout:
 
     def spec(self, operand: Array, shape: tuple[int, ...], only: AxisType | None = None) -> PartitionSpec:
         """An operand of the logits' rank lies as they do, but for dimensions along which it is constant."""
-        kinds = _kinds(self.mesh)
+        kinds = kinds_of(self.mesh)
         entries = []
         for size, of_logits, names in zip(operand.shape, shape, self.axes, strict=True):
             kept = tuple(n for n in names if only is None or kinds[n] == only) if size == of_logits else ()
@@ -50,14 +51,11 @@ def layout_of(logits: Array, logits_spec: PartitionSpec | None) -> Layout | None
 
     That is without a mesh, on a mesh of one device, and inside a shard_map over all of the mesh.
     """
-    sharding = jax.typeof(logits).sharding
-    mesh = jax.sharding.get_abstract_mesh() if sharding.mesh.empty else sharding.mesh
-    kinds = _kinds(mesh)
+    mesh = mesh_of(logits)
+    kinds = kinds_of(mesh)
     if mesh.empty or all(kind == AxisType.Manual for kind in kinds.values()):
         return None
-    axes = [[n for n in names if kinds[n] == AxisType.Explicit] for names in _names(sharding.spec, logits.ndim)]
-    if logits_spec is not None:
-        _add_spec(axes, logits_spec, logits, kinds)
+    axes = axes_of(logits, logits_spec, kinds, "logits")
     if mesh.size == 1:
         return None
     if logits_spec is None and AxisType.Auto in kinds.values():
@@ -70,27 +68,40 @@ def layout_of(logits: Array, logits_spec: PartitionSpec | None) -> Layout | None
         parts = math.prod(mesh.shape[n] for n in names)
         if logits.size and size % parts:
             raise CannotCutError(f"logits_spec={logits_spec} cuts a dimension of {size} into {parts} unequal parts")
-    return Layout(mesh, tuple(map(tuple, axes)))
+    return Layout(mesh, axes)
 
 
-def _add_spec(axes: list[list[str]], logits_spec: PartitionSpec, logits: Array, kinds: dict[str, AxisType]) -> None:
-    for dimension, names in enumerate(_names(logits_spec, logits.ndim)):
-        for name in names:
-            if name not in kinds:
-                raise ValueError(f"logits_spec={logits_spec} names the axis {name!r}; the mesh has {', '.join(kinds)}")
-            if kinds[name] == AxisType.Explicit and name not in axes[dimension]:
+def mesh_of(*arrays: Array) -> Any:
+    """The mesh that an array lies on, or else the one in context."""
+    meshes = [jax.typeof(array).sharding.mesh for array in arrays]
+    return next((mesh for mesh in meshes if not mesh.empty), jax.sharding.get_abstract_mesh())
+
+
+def axes_of(array: Array, spec: PartitionSpec | None, kinds: dict[str, AxisType], name: str) -> Axes:
+    """The mesh axes of each dimension: the Explicit ones that JAX sees and the Auto ones that `spec` adds.
+
+    `name` is what the caller calls the array, and with _spec behind it the spec.
+    """
+    seen = names_of(jax.typeof(array).sharding.spec, array.ndim)
+    axes = [[n for n in names if kinds[n] == AxisType.Explicit] for names in seen]
+    for dimension, names in enumerate([] if spec is None else names_of(spec, array.ndim)):
+        for axis in names:
+            if axis not in kinds:
+                raise ValueError(f"{name}_spec={spec} names the axis {axis!r}; the mesh has {', '.join(kinds)}")
+            if kinds[axis] == AxisType.Explicit and axis not in axes[dimension]:
                 raise ValueError(
-                    f"logits_spec={logits_spec} puts the Explicit axis {name!r} on dimension {dimension}; the logits "
-                    f"lie as {jax.typeof(logits).sharding.spec}"
+                    f"{name}_spec={spec} puts the Explicit axis {axis!r} on dimension {dimension}; the {name} "
+                    f"lie as {jax.typeof(array).sharding.spec}"
                 )
-            if kinds[name] == AxisType.Auto:
-                axes[dimension].append(name)
+            if kinds[axis] == AxisType.Auto:
+                axes[dimension].append(axis)
+    return tuple(map(tuple, axes))
 
 
 def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands, layout: Layout) -> Result:
     """`run` on every device's shard, and the sums over the classes added up between those that share them out."""
     shape = operands.logits.shape
-    kinds = _kinds(layout.mesh)
+    kinds = kinds_of(layout.mesh)
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
     shapes = dict.fromkeys(operands.arrays(), shape)
     class_axes = layout.axes[-1]
@@ -132,16 +143,17 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
 def _lay(operand: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
     """Explicit axes have to agree before a shard_map: labels and the rest move to where the logits are."""
     spec = layout.spec(operand, shape, only=AxisType.Explicit)
-    if _names(jax.typeof(operand).sharding.spec, operand.ndim) == _names(spec, operand.ndim):
+    if names_of(jax.typeof(operand).sharding.spec, operand.ndim) == names_of(spec, operand.ndim):
         return operand
     return jax.reshard(operand, NamedSharding(layout.mesh, spec))
 
 
-def _kinds(mesh: Any) -> dict[str, AxisType]:
+def kinds_of(mesh: Any) -> dict[str, AxisType]:
+    """Whether each mesh axis is Auto, Explicit or Manual."""
     return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
 
-def _names(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
+def names_of(spec: PartitionSpec, ndim: int) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension."""
     entries = (*spec, *(None,) * (ndim - len(spec)))
     return [() if e is None else e if isinstance(e, tuple) else (e,) for e in entries]

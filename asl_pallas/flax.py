@@ -1,0 +1,155 @@
+"""Flax modules. The only file of the package that needs flax: import it by name, `from asl_pallas.flax import ...`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from asl_pallas.head import linear_asymmetric_loss, linear_top_k
+from asl_pallas.kernels.tile import compute_dtype
+from asl_pallas.labels import PackedLabels, SparseLabels
+
+Initializer = Any
+_kernel_init = nnx.initializers.lecun_normal()
+
+
+def prior_logit_init(frequencies: ArrayLike, at_least: float = 1e-6) -> Initializer:
+    """An initializer of biases: the logit log(p / (1 - p)) of each label's frequency p.
+
+    A fresh head then predicts every label as often as it occurs, and rare labels need not unlearn one half first, which
+    is most of what the first steps do otherwise. For flax.nnx, flax.linen and whatever else calls
+    `bias_init(key, shape, dtype)`.
+
+    Args:
+      frequencies: (classes,), shares of the examples between 0 and 1: `labels.mean(0)` of the training set.
+      at_least: frequencies come no nearer to 0 and 1 than this, so that a label never seen has a finite logit.
+
+    Raises:
+      ValueError: frequencies outside of [0, 1] or of another shape than the bias; at_least not between 0 and 0.5.
+    """
+    share = np.asarray(frequencies, np.float64)
+    if share.ndim != 1:
+        raise ValueError(f"frequencies have shape {share.shape}; expected (classes,)")
+    if not 0 < at_least < 0.5:
+        raise ValueError(f"at_least={at_least}; expected 0 < at_least < 0.5")
+    if not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f"frequencies hold {share[~((share >= 0) & (share <= 1))][0]}; expected 0 <= frequency <= 1")
+    share = np.clip(share, at_least, 1 - at_least)
+    logits = np.log(share) - np.log1p(-share)
+
+    def init(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
+        if tuple(shape) != logits.shape:
+            raise ValueError(f"frequencies have shape {logits.shape}; expected {tuple(shape)}, the bias's")
+        return jnp.asarray(logits, dtype)
+
+    return init
+
+
+class MultilabelHead(nnx.Module):
+    """A linear layer (features -> logits of independent labels) with its loss and its best labels, neither by way of
+    the logits: what `nnx.Linear` and `asymmetric_loss` are together, in a fraction of the memory.
+
+        head = MultilabelHead(1024, 1_000_000, label_frequencies=frequencies, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        loss = head.loss(features, SparseLabels.from_ids(ids, 1_000_000), axis=None)  # to train
+        scores, ids = head.top_k(features, 5)                                          # to serve
+        logits = head(features)                                                        # (..., classes), where needed
+
+    In flax.linen the parameters are a Dense layer's, with the same names and shapes; `self.param` makes them and the
+    functions take them:
+
+        class Head(linen.Module):
+            classes: int
+
+            @linen.compact
+            def __call__(self, features, labels):
+                kernel = self.param("kernel", linen.initializers.lecun_normal(), (features.shape[-1], self.classes))
+                bias = self.param("bias", prior_logit_init(frequencies), (self.classes,))
+                return linear_asymmetric_loss(features, kernel, labels, bias=bias)
+
+    Args:
+      in_features: d, the features' last dimension.
+      classes: how many labels.
+      label_frequencies: (classes,), shares between 0 and 1; the bias starts at their logits, see `prior_logit_init`.
+      use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs, kernel_metadata, bias_metadata: as in
+        `nnx.Linear`. dtype is that of the products: the features are cast to it, and the kernel chunk by chunk; None
+        for what features and kernel promote to. Names of mesh axes come as metadata or by `nnx.with_partitioning`, on a
+        kernel (in_features, classes) and a bias (classes,).
+      chunk_size: classes at a time, as in `linear_asymmetric_loss`.
+
+    Raises:
+      ValueError: label_frequencies beside a bias_init, or without a bias.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        classes: int,
+        *,
+        label_frequencies: ArrayLike | None = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        precision: Any = None,
+        kernel_init: Initializer = _kernel_init,
+        bias_init: Initializer | None = None,
+        chunk_size: int | None = None,
+        rngs: nnx.Rngs,
+        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        if label_frequencies is not None:
+            if bias_init is not None:
+                raise ValueError("label_frequencies and bias_init both say where the bias starts; expected one of them")
+            if not use_bias:
+                raise ValueError("label_frequencies say where the bias starts, and use_bias=False leaves it out")
+            bias_init = prior_logit_init(label_frequencies)
+        bias_init = nnx.initializers.zeros_init() if bias_init is None else bias_init
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, classes), param_dtype), **kernel_metadata)
+        self.bias: nnx.Param[Array] | None
+        if use_bias:
+            self.bias = nnx.Param(bias_init(rngs.params(), (classes,), param_dtype), **bias_metadata)
+        else:
+            self.bias = nnx.data(None)
+        self.in_features = in_features
+        self.classes = classes
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.precision = precision
+        self.chunk_size = chunk_size
+
+    def __call__(self, features: ArrayLike) -> Array:
+        """The logits (..., classes), float32 (float64 for float64), as `loss` and `top_k` would have them."""
+        x, kernel, bias = self._parts(features)
+        dtype = compute_dtype(x.dtype)
+        dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+        logits = lax.dot_general(
+            x, kernel.astype(x.dtype), dimensions, precision=self.precision, preferred_element_type=dtype
+        )
+        return logits if bias is None else logits + bias.astype(dtype)
+
+    def loss(self, features: ArrayLike, labels: ArrayLike | PackedLabels | SparseLabels, **options: Any) -> Array:
+        """`linear_asymmetric_loss` of this head, which says what the options are."""
+        x, kernel, bias = self._parts(features)
+        own = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
+        return linear_asymmetric_loss(x, kernel, labels, **(own | options))
+
+    def top_k(self, features: ArrayLike, k: int, **options: Any) -> tuple[Array, Array]:
+        """Scores and ids of the best k labels of each example: `linear_top_k` of this head."""
+        x, kernel, bias = self._parts(features)
+        own = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
+        return linear_top_k(x, kernel, k, **(own | options))
+
+    def _parts(self, features: ArrayLike) -> tuple[Array, Array, Array | None]:
+        """Features in the dtype of the products, and the parameters as they are: a copy of the kernel may not fit."""
+        kernel = self.kernel[...]
+        x = features if isinstance(features, jax.Array) else jnp.asarray(features)
+        dtype = jnp.result_type(x, kernel) if self.dtype is None else self.dtype
+        return x.astype(dtype), kernel, None if self.bias is None else self.bias[...]

@@ -1,0 +1,362 @@
+"""linear_asymmetric_loss and linear_top_k: a linear head, and neither its logits nor their gradient in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import CustomVJPPrimal
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+
+from asl_pallas import arguments, chunks, head_sharding, kernels
+from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
+from asl_pallas.formula import AsymmetricLoss
+from asl_pallas.forward_mode import reverse_mode_only
+from asl_pallas.head_sharding import HeadLayout
+from asl_pallas.kernels.tile import Task, compute_dtype
+from asl_pallas.kernels.versions import vary_alike
+from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.sharding import CannotCutError
+
+
+def linear_asymmetric_loss(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | PackedLabels | SparseLabels,
+    *,
+    bias: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    gamma_neg: ArrayLike = 4.0,
+    gamma_pos: ArrayLike = 1.0,
+    clip: ArrayLike = 0.05,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    label_smoothing: float = 0.0,
+    stop_focus_gradient: bool = False,
+    precision: Any = None,
+    features_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    implementation: str | None = None,
+) -> Array:
+    r"""`asymmetric_loss(features @ kernel + bias, labels)` without the logits.
+
+    The classes come a chunk at a time: the chunk's logits, their loss and gradient by the kernel of `asymmetric_loss`,
+    and both of its gradient products, before the next chunk. A sigmoid loss needs no normaliser across the classes, so
+    that nothing forces more than one chunk to exist.
+
+    Args:
+      features: (..., d), float32, bfloat16, float16 or float64.
+      kernel: (d, classes), a float dtype, as in flax's Linear and Dense. It enters the products in the features' dtype.
+      labels: (..., classes), of the kinds that `asymmetric_loss` takes: dense, `PackedLabels` or `SparseLabels`.
+      bias: (classes,), a float dtype, added in float32.
+      chunk_size: classes at a time, a Python int; None for as many as fit the chip's fast memory. One that doesn't
+        divide the classes is fine. Other values change rounding, speed and memory alone.
+      gamma_neg, gamma_pos, clip, where, weights, pos_weight, ignore_label, label_smoothing, stop_focus_gradient: as in
+        `asymmetric_loss`.
+      axis: what is summed, as in `asymmetric_loss`; the classes have to be among it. None, the total, is the cheapest
+        to train with: loss and gradients come from one pass, of three products. A loss an example has its cotangent
+        to wait for: the backward pass computes the logits once more, for four products in all.
+      precision: of the products, as in jax.lax.dot_general.
+      features_spec, kernel_spec: how features and kernel lie on mesh axes that are Auto, where JAX can't see it.
+        Explicit axes need none. The features are shared out along their leading dimensions, the kernel along its
+        classes and, as in fully sharded training, along d over axes that share out the examples as well.
+      implementation: of the elementwise part, as in `asymmetric_loss`. The products are XLA's.
+
+    Returns:
+      The loss, float32, or float64 for float64 features. Products are of the features' dtype and add up in float32;
+      logits are float32, and their gradient is rounded to the features' dtype before its products. Each gradient has
+      the dtype of what it belongs to; the features' adds up in float32. Reverse mode differentiates with respect to
+      features, kernel, bias, float labels, weights and pos_weight, twice as well; but for the first three, and for all
+      second derivatives, that is autodiff of the formula, chunk by chunk.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
+        with respect to a gamma or clip; a forward-mode derivative.
+      NotImplementedError: the implementation asked for by name can't serve the call or the platform.
+
+    Reference:
+      The loss: https://arxiv.org/abs/2009.14119, equations (4) to (7).
+    """
+    x = arguments.check_features(features)
+    w = arguments.check_kernel(kernel, x)
+    # What the checks of asymmetric_loss ask about the logits.
+    logits = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), compute_dtype(x.dtype))
+    mask = arguments.check_where(where, logits)
+    ignore = arguments.check_ignore_label(ignore_label)
+    known, traced = {}, []
+    for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
+        known[name], scalar = arguments.check_hyperparameter(name, number)
+        if scalar is not None:
+            traced.append(scalar)
+    axes = arguments.check_axis(axis, logits.ndim)
+    if logits.ndim - 1 not in axes:
+        raise ValueError(
+            f"axis={axis!r} leaves the classes in, an array of the logits' size; expected -1, None or a tuple with the "
+            "classes' axis"
+        )
+    formula = AsymmetricLoss(
+        **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
+    )
+    form, label_array = arguments.check_labels(labels, logits, where, ignore)
+    call = _Call(
+        task=Task(
+            formula,
+            value="rows",
+            gradient=False,
+            labels=form,
+            ignore_label=ignore,
+            label_smoothing=arguments.check_label_smoothing(label_smoothing),
+        ),
+        axes=axes,
+        chunk_size=arguments.check_chunk_size(chunk_size),
+        precision=arguments.check_precision(precision),
+        implementation=arguments.check_implementation(implementation),
+        interpret=kernels.interpreting(),
+        features_spec=arguments.check_spec("features", features_spec, x.ndim),
+        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
+    )
+    return _linear_asymmetric_loss(
+        call,
+        Arrays(
+            features=x,
+            kernel=w,
+            bias=arguments.check_bias(bias, w),
+            labels=label_array,
+            where=mask,
+            weights=arguments.check_weights(weights, logits),
+            pos_weight=arguments.check_pos_weight(pos_weight, logits),
+            scalars=tuple(traced) or None,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """All that is known of a call before it is traced."""
+
+    task: Task
+    axes: tuple[int, ...]
+    chunk_size: int | None
+    precision: Any
+    implementation: str | None
+    interpret: bool
+    features_spec: PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
+    *leading, _ = arrays.features.shape
+    classes = arrays.kernel.shape[1]
+    ndim = len(leading) + 1
+    dtype = compute_dtype(arrays.features.dtype)
+
+    def ranked(array: Array) -> Array:
+        """With the logits' rank, and along the classes constant or whole."""
+        array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
+        return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
+
+    arrays = Arrays(
+        features=reverse_mode_only(arrays.features, "linear_asymmetric_loss"),
+        kernel=reverse_mode_only(arrays.kernel, "linear_asymmetric_loss"),
+        bias=None if arrays.bias is None else reverse_mode_only(arrays.bias, "linear_asymmetric_loss"),
+        labels=arrays.labels,
+        where=None if arrays.where is None else ranked(arrays.where),
+        weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
+        pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
+        scalars=None if arrays.scalars is None else jnp.stack([s.astype(dtype) for s in arrays.scalars]),
+    )
+    work = Work(
+        task=call.task,
+        gradients=(),
+        chunk=call.chunk_size,
+        precision=call.precision,
+        implementation=call.implementation,
+        interpret=call.interpret,
+    )
+    plan = _Plan(work, total=call.axes == tuple(range(ndim)), layout=None)
+    layout = _layout_of(arrays.features, arrays.kernel, call.features_spec, call.kernel_spec, "linear_asymmetric_loss")
+    if layout == "unknown":
+        plan = plan.plain()
+    elif isinstance(layout, HeadLayout):
+        plan = dataclasses.replace(plan, layout=layout)
+        arrays = head_sharding.lay(arrays, call.task.labels, layout)
+    # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
+    loss = _loss(plan, vary_alike(arrays))
+    return loss if plan.total else jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to be found; `total` sums over the examples as well."""
+
+    work: Work
+    total: bool
+    layout: HeadLayout | None
+
+    def wants(self, *, value: bool, gradients: tuple[str, ...]) -> _Plan:
+        task = dataclasses.replace(self.work.task, value="rows" if value else None)
+        return dataclasses.replace(self, work=dataclasses.replace(self.work, task=task, gradients=gradients))
+
+    def plain(self) -> _Plan:
+        return dataclasses.replace(self, work=dataclasses.replace(self.work, implementation=kernels.PLAIN))
+
+
+def _evaluate(plan: _Plan, arrays: Arrays) -> Found:
+    if plan.layout is None:
+        found = chunks.run(plan.work, arrays)
+        if plan.total and found.value is not None:
+            found = found._replace(value=jnp.sum(found.value))
+    else:
+        found = head_sharding.on_shards(plan.work, arrays, plan.layout, plan.total)
+    if found.features is not None:
+        found = found._replace(features=found.features.astype(arrays.features.dtype))
+    return found
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _run(plan: _Plan, arrays: Arrays) -> Found:
+    return _evaluate(plan, arrays)
+
+
+@_run.defjvp
+def _run_jvp(plan: _Plan, primals, tangents):
+    """Second derivatives: autodiff of the loop over the formula in plain jnp."""
+    _, tangents_out = jax.jvp(functools.partial(_evaluate, plan.plain()), primals, tangents)
+    return _run(plan, *primals), tangents_out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(plan: _Plan, arrays: Arrays) -> Array:
+    return _run(plan, arrays).value
+
+
+def _loss_forward(plan: _Plan, arrays: Arrays):
+    """For the total one pass gives loss and gradients, and the gradients are all that is kept.
+
+    A loss an example has a cotangent an example, which belongs under the sum over the examples: that waits for it. So
+    do float16 gradients, which could vanish before a loss scale came.
+    """
+    perturbed = {
+        name
+        for name, array in arrays._asdict().items()
+        if any(leaf.perturbed for leaf in jax.tree.leaves(array, is_leaf=_is_primal))
+    }
+    arrays = jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=_is_primal)
+    if "scalars" in perturbed:
+        names = " or ".join(plan.work.task.formula.traced())
+        raise TypeError(
+            f"linear_asymmetric_loss has no derivative with respect to {names}; wrap the hyper-parameter in "
+            "jax.lax.stop_gradient"
+        )
+    wanted = tuple(name for name in PARAMETERS if name in perturbed)
+    dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
+    one_pass = plan.total and bool(wanted) and jnp.dtype(jnp.float16) not in dtypes
+    found = _run(plan.wants(value=True, gradients=wanted if one_pass else ()), arrays)
+    kept = arrays if not one_pass or perturbed - set(PARAMETERS) else None
+    return found.value, (found._replace(value=None), kept, dict.fromkeys(sorted(perturbed)))
+
+
+def _is_primal(x: Any) -> bool:
+    return isinstance(x, CustomVJPPrimal)
+
+
+def _loss_backward(plan: _Plan, residuals, cotangent: Array):
+    found, arrays, perturbed = residuals
+    wanted = tuple(name for name in PARAMETERS if name in perturbed)
+    if wanted and all(gradient is None for gradient in found):
+        by_example = cotangent[..., None]
+        if plan.total:
+            by_example = jnp.broadcast_to(cotangent, (*arrays.features.shape[:-1], 1))
+        found = _run(plan.wants(value=False, gradients=wanted), arrays._replace(cotangent=by_example))
+    elif wanted:
+        found = jax.tree.map(lambda g: (g.astype(cotangent.dtype) * cotangent).astype(g.dtype), found)
+    gradients: dict[str, Any] = dict.fromkeys(Arrays._fields)
+    gradients.update({name: getattr(found, name) for name in wanted})
+    others = {name: getattr(arrays, name) for name in perturbed if name not in PARAMETERS}
+    if others:
+
+        def value(others):
+            return _evaluate(plan.plain(), arrays._replace(**others)).value
+
+        _, pull_back = jax.vjp(value, others)
+        gradients.update(pull_back(cotangent)[0])
+    return (Arrays(**gradients),)
+
+
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+
+
+def linear_top_k(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    k: int,
+    *,
+    bias: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    features_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+) -> tuple[Array, Array]:
+    """`jax.lax.top_k(features @ kernel + bias, k)` without the logits: the best k labels of each example.
+
+    Args:
+      features, kernel, bias, chunk_size, precision, features_spec, kernel_spec: as in `linear_asymmetric_loss`.
+      k: how many, a Python int, 1 <= k <= classes.
+
+    Returns:
+      scores: (..., k), float32 logits (float64 for float64 features), best first. Their sigmoid is the probability.
+      ids: (..., k), int32. Of equal scores the lower id comes first.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range.
+    """
+    x = arguments.check_features(features)
+    w = arguments.check_kernel(kernel, x)
+    b = arguments.check_bias(bias, w)
+    call = _TopK(
+        k=arguments.check_k(k, w.shape[1]),
+        chunk_size=arguments.check_chunk_size(chunk_size),
+        precision=arguments.check_precision(precision),
+        features_spec=arguments.check_spec("features", features_spec, x.ndim),
+        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
+    )
+    return _linear_top_k(call, x, w, b)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TopK:
+    k: int
+    chunk_size: int | None
+    precision: Any
+    features_spec: PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linear_top_k(call: _TopK, features: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
+    layout = _layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
+    arguments_of_call = (features, kernel, bias, call.k, call.chunk_size, call.precision)
+    if isinstance(layout, HeadLayout):
+        return head_sharding.top_k(*arguments_of_call, layout)
+    return chunks.top_k(*arguments_of_call)
+
+
+def _layout_of(
+    features: Array, kernel: Array, features_spec: Any, kernel_spec: Any, function: str
+) -> HeadLayout | Literal["unknown"] | None:
+    try:
+        return head_sharding.layout_of(features, kernel, features_spec, kernel_spec)
+    except CannotCutError as reason:
+        # Right in any case, and XLA can partition it, if not as well; a kernel it can't.
+        warnings.warn(f"{reason}; {function} leaves the loop over the classes to XLA", stacklevel=5)
+        return "unknown"
