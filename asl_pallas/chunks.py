@@ -75,7 +75,7 @@ class Work:
 
 
 class Exchange(NamedTuple):
-    """How a chunk of the kernel is put together from several devices' parts, and its gradient added up and taken apart."""
+    """How a chunk of the kernel is put together from devices' parts, and its gradient added up and taken apart."""
 
     gather: Callable[[Array], Array]
     scatter: Callable[[Array], Array]
