@@ -18,10 +18,10 @@ import numpy as np
 from jax import Array, lax
 
 from asl_pallas import kernels
+from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
 from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import vary_alike
-from asl_pallas.labels import GROUP, LANES, PADDING, cut, words_for
 
 
 class Arrays(NamedTuple):

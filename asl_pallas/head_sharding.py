@@ -18,9 +18,9 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas import chunks
+from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Work
 from asl_pallas.kernels.tile import Form
-from asl_pallas.labels import GROUP, cut
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 
 

@@ -4,14 +4,11 @@ Both stand where a dense (..., classes) array would and are pytrees, so that the
 `jax.lax.scan`, `jax.device_put` and `jax.export` as arrays do. Made from NumPy or Python they hold NumPy arrays, in
 host memory; made from JAX arrays they hold JAX arrays.
 
-The bits lie as the TPU's vector registers want them: classes come in groups of 4096, a group has 128 words, and bit j
-of word l is class 128 j + l of the group. A register of 128 neighbouring classes is then one shift and one mask away
-from its group's words, and no lane moves.
+asl_pallas/bits.py tells how the bits lie.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
@@ -25,11 +22,7 @@ import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
-LANES = 128
-BITS = 32
-GROUP = LANES * BITS
-# An id that is no class, in rows with fewer positives than others.
-PADDING = -1
+from asl_pallas.bits import BITS, GROUP, LANES, PADDING, pack, pack_ids, unpack, words_for
 
 Ids = Sequence[Iterable[int]] | NDArray[np.integer] | Array
 _Self = TypeVar("_Self", bound="_Labels")
@@ -160,13 +153,14 @@ class PackedLabels(_Labels):
         """
         dense = _dense(labels)
         if isinstance(dense, jax.Array):
-            return cls(_pack(dense), dense.shape[-1])
-        bits = _padded(dense, words_for(dense.shape[-1]) * BITS, np)
-        by_bit = bits.reshape(*bits.shape[:-1], bits.shape[-1] // GROUP, BITS, LANES)
-        words = np.zeros((*by_bit.shape[:-2], LANES), np.uint32)
-        for j in range(BITS):
-            words |= by_bit[..., j, :].astype(np.uint32) << np.uint32(j)
-        return cls(words.reshape(*dense.shape[:-1], words_for(dense.shape[-1])), dense.shape[-1])
+            return cls(pack(dense), dense.shape[-1])
+        *leading, classes = dense.shape
+        needed = words_for(classes)
+        bits = np.pad(dense, [(0, 0)] * len(leading) + [(0, needed * BITS - classes)])
+        by_bit = bits.reshape(*leading, needed // LANES, BITS, LANES)
+        by_byte = np.swapaxes(np.packbits(by_bit, axis=-2, bitorder="little"), -1, -2)
+        words = np.ascontiguousarray(by_byte).view("<u4").astype(np.uint32)
+        return cls(words.reshape(*leading, needed), classes)
 
     @classmethod
     def from_ids(cls, ids: Ids, classes: int) -> PackedLabels:
@@ -351,119 +345,6 @@ for _kind in (PackedLabels, SparseLabels):
     )
 
 
-def words_for(classes: int) -> int:
-    """How many words hold a row."""
-    return -(-classes // GROUP) * LANES
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def unpack(words: Array, classes: int) -> Array:
-    """(..., classes) bool from (..., words), in an expression that XLA fuses with what reads it."""
-    *leading, needed = words.shape
-    groups = words.reshape(*leading, needed // LANES, LANES)
-    return unpack_bits(groups, 0, BITS).reshape(*leading, needed * BITS)[..., :classes]
-
-
-def unpack_bits(groups: Array, first: Array | int, bits: int) -> Array:
-    """Bool (..., 128 bits) from the (..., 128) words of groups: what `bits` bits from `first` on say."""
-    *leading, lanes = groups.shape
-    shifts = lax.broadcasted_iota(jnp.uint32, (bits, lanes), 0) + jnp.asarray(first).astype(jnp.uint32)
-    return ((groups[..., None, :] >> shifts) & jnp.uint32(1) != 0).reshape(*leading, bits * lanes)
-
-
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def pack_ids(ids: Array, classes: int) -> Array:
-    """(..., words) uint32 from (..., k); what is no class is dropped."""
-    *leading, k = ids.shape
-    needed = words_for(classes)
-    # Sorted, an id that comes twice has itself before it, and what is left can be added instead of or-ed.
-    flat = jnp.sort(ids.reshape(math.prod(leading), k), axis=-1)
-    fresh = jnp.concatenate([jnp.ones_like(flat[:, :1], bool), flat[:, 1:] != flat[:, :-1]], axis=-1)[:, :k]
-    keep = fresh & (flat >= 0) & (flat < classes)
-    word = jnp.where(keep, flat // GROUP * LANES + flat % LANES, needed)
-    bit = jnp.uint32(1) << (flat // LANES % BITS).astype(jnp.uint32)
-
-    def row(word: Array, bit: Array) -> Array:
-        return jnp.zeros(needed, jnp.uint32).at[word].add(bit, mode="drop")
-
-    return jax.vmap(row)(word, bit).reshape(*leading, needed)
-
-
-def cut(words: Array, first: Array | int, classes: int) -> Array:
-    """The words of `classes` classes from class `first` on, which need be no multiple of anything.
-
-    Args:
-      words: (..., words) of all classes, at least first + classes.
-      first: an integer, traced or not.
-    """
-    *leading, held = words.shape
-    groups = words_for(classes) // LANES
-    blocks, lanes = jnp.divmod(jnp.asarray(first, jnp.int32), LANES)
-    group, bits = jnp.divmod(blocks, BITS)
-    fill = [(0, 0)] * len(leading) + [(0, 2), (0, 0)]
-    by_group = jnp.pad(words.reshape(*leading, held // LANES, LANES), fill)
-    axis = len(leading)
-    here, after = (
-        jnp.roll(lax.dynamic_slice_in_dim(by_group, group + k, groups, axis), -lanes, axis=-1) for k in (0, 1)
-    )
-    # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one
-    # bit more. A shift by 32 bits has no meaning.
-    shift = jnp.where(lax.iota(jnp.int32, LANES) + lanes >= LANES, bits + 1, bits).astype(jnp.uint32)
-    low = jnp.where(shift < BITS, here >> jnp.minimum(shift, BITS - 1), 0)
-    high = jnp.where(shift > 0, after << jnp.minimum(BITS - shift, BITS - 1), 0)
-    return (low | high).reshape(*leading, groups * LANES)
-
-
-def unpack_tile(words: Array, first: Array | int, blocks: int) -> Array:
-    """Bool (rows, 128 blocks) from the (rows, 128) words of a group: what bits `first` and on say.
-
-    In signed integers, whose arithmetic Mosaic knows on every chip.
-    """
-    words = words.astype(jnp.int32)
-    bits = [words & lax.shift_left(jnp.int32(1), jnp.int32(first + b)) for b in range(blocks)]
-    return (jnp.concatenate(bits, axis=1) if blocks > 1 else bits[0]) != 0
-
-
-def pack_tile(ids: Array, first: Array, classes: int) -> Array:
-    """(128, rows) words, int32, of the at most 4096 classes from `first` on, from (k, rows) ids.
-
-    On a TPU, comparing every word's number with every id is far faster than setting single bits. With the rows along
-    the lanes an id is spread over the words of its row without a lane being moved: k=16 ids take 0.5 bundles per 1024
-    elements on v5e, and 2.5 with the rows along the sublanes.
-    """
-    local = ids - first
-    inside = (local >= 0) & (local < classes)
-    bit = jnp.where(inside, lax.shift_left(jnp.int32(1), (local >> 7) & (BITS - 1)), 0)
-    word = local & (LANES - 1)
-    shape = (LANES, ids.shape[1])
-    numbers = lax.broadcasted_iota(jnp.int32, shape, 0)
-    words = jnp.zeros(shape, jnp.int32)
-    for t in range(ids.shape[0]):
-        words |= jnp.where(numbers == word[t : t + 1], jnp.broadcast_to(bit[t : t + 1], shape), 0)
-    return words
-
-
-def word_and_bit(label: Array) -> tuple[Array, Array]:
-    """Where the bit of a class is."""
-    return (label >> 12 << 7) | (label & (LANES - 1)), (label >> 7) & (BITS - 1)
-
-
-def byte_tile(ids: Array, classes: int) -> Array:
-    """(rows, classes / 8), int32: bit b of byte n says whether the (rows, 1) id is 8 n + b.
-
-    On a GPU eight neighbouring classes are one thread's, so that bytes become labels without leaving it.
-    """
-    numbers = lax.broadcasted_iota(jnp.int32, (1, classes // 8), 1)
-    return jnp.where(numbers == ids >> 3, lax.shift_left(jnp.int32(1), ids & 7), 0)
-
-
-def unpack_bytes(bits: Array) -> Array:
-    """Bool (rows, 8 n) from (rows, n)."""
-    rows, n = bits.shape
-    spread = jnp.broadcast_to(bits[:, :, None], (rows, n, 8)) >> lax.broadcasted_iota(jnp.int32, (1, 1, 8), 2)
-    return (spread & 1 != 0).reshape(rows, 8 * n)
-
-
 def check_classes(classes: Any) -> int:
     try:
         count = operator.index(classes)
@@ -521,18 +402,6 @@ def _dense(labels: Any) -> Any:
         wrong = array.min() if array.min() < 0 else array.max()
         raise ValueError(f"labels hold {wrong}; expected 0 or 1")
     return array > 0
-
-
-def _padded(array: Any, size: int, module: Any) -> Any:
-    return module.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, size - array.shape[-1])])
-
-
-@functools.partial(jax.jit, inline=True)
-def _pack(dense: Array) -> Array:
-    bits = _padded(dense, words_for(dense.shape[-1]) * BITS, jnp)
-    by_bit = bits.reshape(*bits.shape[:-1], bits.shape[-1] // GROUP, BITS, LANES).astype(jnp.uint32)
-    by_bit = by_bit << lax.broadcasted_iota(jnp.uint32, (BITS, LANES), 0)
-    return jnp.sum(by_bit, axis=-2, dtype=jnp.uint32).reshape(*dense.shape[:-1], words_for(dense.shape[-1]))
 
 
 def _packed_pairs(rows: NDArray[Any], ids: NDArray[Any], leading: tuple[int, ...], classes: int) -> PackedLabels:

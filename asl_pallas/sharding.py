@@ -16,8 +16,8 @@ import jax
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from asl_pallas.bits import GROUP, cut
 from asl_pallas.kernels.tile import Operands, Result, Task
-from asl_pallas.labels import GROUP, cut
 
 Names = tuple[str, ...]
 Axes = tuple[Names, ...]

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import PackedLabels, SparseLabels
+from asl_pallas.bits import words_for
 from asl_pallas.kernels.tile import Form, Operands
-from asl_pallas.labels import words_for
 from profiling import targets
 
 CPU, GPU, TPU = "cpu", "gpu", "tpu"  # backends that run, beside the chips that are compiled for

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss
+from asl_pallas.bits import words_for
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
-from asl_pallas.labels import words_for
 from profiling import bounds, cases, contenders, schedule, targets
 
 S = jax.ShapeDtypeStruct

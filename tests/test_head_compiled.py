@@ -11,7 +11,7 @@ import pytest
 from test_compiled import available, holds_kernel
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_top_k
-from asl_pallas.labels import words_for
+from asl_pallas.bits import words_for
 from profiling import targets
 
 S = jax.ShapeDtypeStruct

@@ -14,7 +14,7 @@ import scipy.sparse
 from cases import assert_parity, cotangent_of, labels_of, logits_of
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
-from asl_pallas.labels import cut, unpack
+from asl_pallas.bits import cut, unpack
 
 S = jax.ShapeDtypeStruct
 KINDS = (PackedLabels, SparseLabels)

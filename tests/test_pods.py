@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from test_compiled import available, few_labels
 
 from asl_pallas import asymmetric_loss
-from asl_pallas.labels import GROUP
+from asl_pallas.bits import GROUP
 from profiling import targets
 from reference import autodiff
 

@@ -17,11 +17,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
-from asl_pallas.labels import BITS, GROUP, PADDING, pack_tile, unpack_tile
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:

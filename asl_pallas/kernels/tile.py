@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from asl_pallas.bits import pack_ids, unpack
 from asl_pallas.formula import EXACT, Arithmetic, Formula
-from asl_pallas.labels import pack_ids, unpack
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]

@@ -21,11 +21,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
 from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
-from asl_pallas.labels import PADDING, byte_tile, unpack_bytes, word_and_bit
 
 
 def _instruction(name: str, *operands: Array) -> Array:

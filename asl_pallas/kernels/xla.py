@@ -7,11 +7,11 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array, lax
 
+from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
-from asl_pallas.labels import BITS, LANES, cut, pack_ids, unpack_bits
 
 CPU = Arithmetic(log=log)
 _UNPACKED = 1024  # classes
