@@ -17,41 +17,15 @@ import argparse
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from phenotypes import cluster_flags, launcher
+from phenotypes.argument_types import number, whole
 from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # for reference/, which no wheel holds
-
-
-def number(minimum: float, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number, at least `minimum` and less than `below`."""
-
-    def parse(text: str) -> float:
-        allowed = f"a number of at least {minimum:g}" + (f" and less than {below:g}" if below < math.inf else "")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and minimum <= value < below):
-            raise argparse.ArgumentTypeError(f"{text!r} isn't {allowed}")
-        return value
-
-    return parse
-
-
-def whole(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, at least `minimum`, that fits into 32 bits (as JAX's seeds have to)."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and minimum <= int(text) < 2**31):
-            raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number of at least {minimum} and less than 2**31")
-        return int(text)
-
-    return parse
 
 
 def head_bias(text: str) -> str | float:
