@@ -202,10 +202,22 @@ def _product(a: Array, b: Array, contracted: tuple[int, int], dtype: Any, precis
 def _kernel_of(kernel: Array, start: Any, size: int, dtype: Any, exchange: Exchange) -> Array:
     """The kernel of a chunk in the dtype of the products."""
     chunk = _slice(kernel, start, size)
-    if kernel.dtype != dtype:
-        # XLA would convert all of the kernel ahead of the loop: 256 MiB of bfloat16 from 1024 x 131,072 on v5e.
-        chunk = lax.optimization_barrier(chunk)
-    return exchange.gather(chunk.astype(dtype))
+    return exchange.gather((_held(chunk) if kernel.dtype != dtype else chunk).astype(dtype))
+
+
+@jax.custom_jvp
+def _held(chunk: Array) -> Array:
+    """The chunk, as something that XLA can't take for a slice of a whole that it could convert ahead of the loop.
+
+    That would be 256 MiB of bfloat16 from a float32 kernel of 1024 x 131,072 on v5e, where a barrier isn't enough.
+    """
+    bits = lax.bitcast_convert_type(chunk, jnp.dtype(f"uint{8 * chunk.dtype.itemsize}"))
+    return lax.bitcast_convert_type(lax.optimization_barrier(bits), chunk.dtype)
+
+
+@_held.defjvp
+def _held_jvp(primals, tangents):
+    return _held(*primals), tangents[0]
 
 
 def _labels_of(form: Form, labels: Array, start: Any, size: int, chunk: int) -> Array:
