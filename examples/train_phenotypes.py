@@ -76,6 +76,20 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the head's first bias: log-odds of each label's rate (label, the default), of the overall rate "
         "(overall), or a number",
     )
+    parser.add_argument(
+        "--head",
+        choices=("dense", "fused"),
+        default="dense",
+        help="dense: logits and their loss (the default). fused: loss and gradients without the logits, the same to "
+        "rounding",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=("dense", "packed", "sparse"),
+        default="dense",
+        help="what the loss gets of a batch's labels: a byte each (dense, the default), a bit each (packed), or the "
+        "ids of the positives (sparse)",
+    )
     parser.add_argument("--linen", action="store_true", help="train with Flax linen instead of NNX")
     parser.add_argument(
         "--max-diseases", type=whole(200), help="take a random part of the diseases only, for a quick look"
@@ -101,6 +115,11 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cluster_flags.add(parser, whole)
     options = parser.parse_args(arguments)
     cluster_flags.check(parser, options)
+    if options.mesh is not None or options.coordinator is not None or options.processes > 1:
+        spread = next(flag for flag in ("mesh", "coordinator", "processes") if getattr(options, flag) not in (None, 1))
+        for flag, value in (("head", options.head), ("labels", options.labels)):
+            if value != "dense":
+                parser.error(f"--{flag} {value}: for one device; --{spread} takes --{flag} dense alone")
     if options.checkpoint_dir is None:
         for flag, value in (("--resume", options.resume), ("--checkpoint-every", options.checkpoint_every)):
             if value:
