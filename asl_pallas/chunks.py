@@ -75,7 +75,7 @@ class Work:
 
 
 class Exchange(NamedTuple):
-    """How a chunk of the kernel is put together from several devices' parts, and its gradient taken apart again."""
+    """How a chunk of the kernel is put together from devices' parts, and its gradient added up and taken apart."""
 
     gather: Callable[[Array], Array]
     scatter: Callable[[Array], Array]
@@ -126,7 +126,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             of_features = of_features + _product(gradient, kernel, (1, 1), dtype, work.precision)
         if "kernel" in work.gradients:
             of_chunk = _product(features, gradient, (0, 0), dtype, work.precision)
-            of_kernel = _put(of_kernel, exchange.scatter(of_chunk), start)
+            of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
         return Found(value, of_features, of_kernel, of_bias)
 
     nothing = Found(

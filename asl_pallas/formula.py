@@ -49,6 +49,7 @@ class Arithmetic:
     """What chips do at different costs. A kernel passes its own; a NaN has to come through as one.
 
     Attributes:
+      exp: of numbers between -80 and 80 in float32.
       log, reciprocal: of numbers between 1e-35 and 1e35. The logarithm alone need not keep a NaN.
       log1p: of numbers between -0.5 and 0.
       quotient: of any numbers, to half a unit in the last place or nearly.
@@ -57,6 +58,7 @@ class Arithmetic:
       constant: what has no derivative.
     """
 
+    exp: Callable[[Array], Array] = jnp.exp
     log: Callable[[Array], Array] = jnp.log
     log1p: Callable[[Array], Array] = jnp.log1p
     reciprocal: Callable[[Array], Array] = _reciprocal
@@ -133,7 +135,7 @@ class AsymmetricLoss:
         sign = _select(positive, -1.0, 1.0, logit.dtype)
         u = logit * sign
         limit = _LIMIT[logit.dtype.itemsize]
-        e = jnp.exp(chip.at_most(chip.at_least(u, -limit), limit))
+        e = chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
         right = chip.reciprocal(1.0 + e)
         wrong = e * right
 

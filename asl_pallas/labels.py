@@ -152,6 +152,8 @@ class PackedLabels(_Labels):
     def from_dense(cls, labels: Any) -> PackedLabels:
         """From (..., classes) of bool or the integers 0 and 1; a JAX array is packed where it is, traced or not.
 
+        On a mesh whose axes are Explicit, JAX can't pack what is sharded along the classes: pack first, shard then.
+
         Raises:
           TypeError: another dtype. A float may be a soft label, which no bit holds.
           ValueError: concrete NumPy labels beside 0 and 1. Those of JAX aren't fetched to be looked at: above 0 is 1.
@@ -358,9 +360,15 @@ def words_for(classes: int) -> int:
 def unpack(words: Array, classes: int) -> Array:
     """(..., classes) bool from (..., words), in an expression that XLA fuses with what reads it."""
     *leading, needed = words.shape
-    by_group = words.reshape(*leading, needed // LANES, 1, LANES)
-    bits = (by_group >> lax.broadcasted_iota(jnp.uint32, (BITS, LANES), 0)) & jnp.uint32(1)
-    return bits.reshape(*leading, needed * BITS)[..., :classes] != 0
+    groups = words.reshape(*leading, needed // LANES, LANES)
+    return unpack_bits(groups, 0, BITS).reshape(*leading, needed * BITS)[..., :classes]
+
+
+def unpack_bits(groups: Array, first: Array | int, bits: int) -> Array:
+    """Bool (..., 128 bits) from the (..., 128) words of groups: what `bits` bits from `first` on say."""
+    *leading, lanes = groups.shape
+    shifts = lax.broadcasted_iota(jnp.uint32, (bits, lanes), 0) + jnp.asarray(first).astype(jnp.uint32)
+    return ((groups[..., None, :] >> shifts) & jnp.uint32(1) != 0).reshape(*leading, bits * lanes)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)

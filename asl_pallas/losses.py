@@ -80,7 +80,8 @@ def asymmetric_loss(
         to XLA there, with a warning. Explicit axes need none, and without a mesh it has no meaning.
       implementation: None picks by the platform that the computation is lowered for, and falls back to "xla". By name:
         "xla" (any platform), "mosaic_tpu" (TPU), "triton" (CUDA GPUs), "mosaic_gpu" (Hopper GPUs and later, from JAX
-        0.11: rows of 128 classes or more, no bool labels; never picked by None so far, since no GPU has measured it).
+        0.11: rows of 128 classes or more, dense labels that aren't bool; never picked by None so far, since no GPU has
+        measured it).
 
     Returns:
       The loss, >= 0 (for weights >= 0), float32, or float64 for float64 logits. The gradient has the logits' dtype.

@@ -149,7 +149,10 @@ def on_cuda(target: str, case: Case, contender: Contender, mode: str) -> dict[st
 
 
 def warp_instructions(kernel: targets.Resources, case: Case) -> float | None:
-    """PTX instructions that all warps of a kernel issue; None where a loop's turns aren't known."""
+    """PTX instructions that all warps of a kernel issue; None where a loop's turns aren't known.
+
+    What a branch skips is counted too: with sparse labels, the look at the ids in chunks that have none.
+    """
     if kernel.launch is None:
         return None
     programs, threads = kernel.launch

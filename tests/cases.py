@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,6 +35,9 @@ GAMMAS_AND_CLIP = [
 KERNELS = ("mosaic_tpu", "triton")
 ARRAYS = ("where", "weights", "pos_weight")
 HYPERPARAMETERS = ("gamma_neg", "gamma_pos", "clip")
+# For programs of Pallas's interpreter, beside `optimising(False)`: a third of the time to compile one. XLA of jax 0.12
+# knows the option no more.
+QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else None
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
@@ -66,6 +71,35 @@ def cotangent_of(shape: tuple[int, ...], seed: int = 2) -> NDArray[Any]:
     return np.asarray(ct, np.float32)
 
 
+def _is_interpreted(implementation: str | None) -> bool:
+    return implementation in kernels.LOADS and jax.default_backend() == "cpu"
+
+
+@contextlib.contextmanager
+def interpreted(implementation: str | None) -> Iterator[None]:
+    """A kernel by name runs in Pallas's interpreter; what anything else runs is as it is."""
+    if not _is_interpreted(implementation):
+        yield
+        return
+    with kernels.interpret_mode(), optimising(False):
+        yield
+
+
+@contextlib.contextmanager
+def optimising(wanted: bool) -> Iterator[None]:
+    """Whether LLVM works on what XLA compiles for the CPU meanwhile.
+
+    The interpreter's programs are large, run once and stand for another chip's: optimising them is nearly half of such
+    a test's time. The CPU's own path and the yardsticks are compiled as a user's program is.
+    """
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", not wanted)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 def evaluate(
     logits: ArrayLike,
     labels: Any,
@@ -78,10 +112,10 @@ def evaluate(
     """Loss and gradient of sum(cotangent * loss), compiled; what `traced` names comes as a traced scalar."""
     dynamic = {name: options.pop(name) for name in (*ARRAYS, *traced) if options.get(name) is not None}
     static = tuple(sorted(options.items()))
-    interpret = implementation in kernels.LOADS and jax.default_backend() == "cpu"
-    mode = kernels.interpret_mode() if interpret else contextlib.nullcontext()
-    with mode:
-        value, slope = _compiled(implementation, static)(
+    # What is large runs longer than XLA works on it.
+    quick = _is_interpreted(implementation) and np.size(logits) <= 2**19
+    with interpreted(implementation), optimising(not quick):
+        value, slope = _compiled(implementation, static, quick)(
             jnp.asarray(logits),
             jax.tree.map(jnp.asarray, labels),
             cotangent,
@@ -91,7 +125,7 @@ def evaluate(
 
 
 @functools.cache
-def _compiled(implementation: str | None, static: tuple[tuple[str, Any], ...]) -> Any:
+def _compiled(implementation: str | None, static: tuple[tuple[str, Any], ...], quick: bool) -> Any:
     def run(logits: Any, labels: Any, cotangent: Any, dynamic: dict[str, Any]) -> Any:
         value, pull = jax.vjp(
             lambda x: asymmetric_loss(x, labels, implementation=implementation, **dict(static), **dynamic),
@@ -99,7 +133,7 @@ def _compiled(implementation: str | None, static: tuple[tuple[str, Any], ...]) -
         )
         return value, pull(jnp.asarray(cotangent, value.dtype))[0]
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=QUICK if quick else None)
 
 
 def true_pair(logits: ArrayLike, labels: ArrayLike, cotangent: ArrayLike, **options: Any) -> Pair:
@@ -139,17 +173,7 @@ def careful_pair(
     w = f32(1) if weights is None else np.asarray(weights).astype(f32)
 
     def side(label: float) -> Pair:
-        sided = jnp.full(x.shape, label, jnp.float32)
-        value, pull = jax.vjp(
-            lambda x: closed_form.asymmetric_loss(x, sided, gamma_neg, gamma_pos, clip), jnp.asarray(x)
-        )
-        slope = pull(jnp.ones_like(value))[0]
-        if stop_focus_gradient:  # the slope without focus, under the focus as a factor
-            p, q = jax.nn.sigmoid(jnp.asarray(x)), jax.nn.sigmoid(-jnp.asarray(x))
-            bare = jax.grad(lambda x: closed_form.asymmetric_loss(x, sided, 0.0, 0.0, clip).sum())
-            focus = jnp.power(q, gamma_pos) if label else jnp.power(jnp.maximum(p - clip, 0), gamma_neg)
-            slope = focus * bare(jnp.asarray(x))
-        return np.asarray(value), np.asarray(slope)
+        return _careful_side(x.tobytes(), x.shape, label, gamma_neg, gamma_pos, clip, stop_focus_gradient)
 
     def mix(positive: NDArray[Any], negative: NDArray[Any]) -> NDArray[Any]:
         mixed = np.where(y != 0, y * np.where(y != 0, positive, f32(0)) * pw, f32(0))
@@ -160,6 +184,30 @@ def careful_pair(
     value = np.asarray(jnp.sum(mix(of_positive, of_negative), axis))
     outer = float64.spread(cotangent, x.shape, axis).astype(f32)
     return value, np.where(kept, mix(up, down) * outer, f32(0))
+
+
+@functools.lru_cache(maxsize=256)
+def _careful_side(
+    logits: bytes, shape: tuple[int, ...], label: float, gamma_neg: float, gamma_pos: float, clip: float, stop: bool
+) -> Pair:
+    """Loss and slope of each element with one label. Each implementation is held against the same, so it is kept.
+
+    Operation by operation, each of which XLA compiles for each shape: padded to one of few lengths.
+    """
+    x = np.frombuffer(logits, np.float32)
+    length = 4 ** max(5, math.ceil(math.log(max(x.size, 1), 4))) if x.size < 2**16 else x.size
+    padded = jnp.asarray(np.pad(x, (0, length - x.size)))
+    sided = jnp.full(length, label, jnp.float32)
+    with optimising(True):
+        value, pull = jax.vjp(lambda x: closed_form.asymmetric_loss(x, sided, gamma_neg, gamma_pos, clip), padded)
+        slope = pull(jnp.ones_like(value))[0]
+        if stop:  # the slope without focus, under the focus as a factor
+            p, q = jax.nn.sigmoid(padded), jax.nn.sigmoid(-padded)
+            bare = jax.grad(lambda x: closed_form.asymmetric_loss(x, sided, 0.0, 0.0, clip).sum())
+            focus = jnp.power(q, gamma_pos) if label else jnp.power(jnp.maximum(p - clip, 0), gamma_neg)
+            slope = focus * bare(padded)
+    of_loss, of_slope = (np.asarray(part)[: x.size].reshape(shape) for part in (value, slope))
+    return of_loss, of_slope
 
 
 def scaled_error(found: NDArray[Any], truth: NDArray[Any]) -> NDArray[Any]:

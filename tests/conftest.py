@@ -26,10 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("asl_pallas")
 
 
+# Files whose tests start processes: the longest tests come first, so that no worker waits for one at the end.
+LONGEST = ("test_checkpoints.py", "test_processes.py", "test_example.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(params=["xla", "mosaic_tpu", "triton"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation by name, the kernels in interpret mode."""
-    from asl_pallas import kernels
+    from cases import interpreted
 
-    with kernels.interpret_mode():
+    with interpreted(request.param):
         yield request.param

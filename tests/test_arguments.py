@@ -43,10 +43,14 @@ Level = tuple[str, int]
 
 
 def pairwise() -> list[dict[str, Any]]:
-    """Rows that hold every pair of levels of any two arguments, chosen greedily: far fewer than all rows."""
+    """Rows that hold every pair of levels of any two arguments but those of `alone`, where one is its default.
+
+    Chosen greedily: far fewer than all rows.
+    """
     names = list(LEVELS)
     levels = [[(name, i) for i in range(len(LEVELS[name]))] for name in names]
-    missing = {frozenset(pair) for a, b in itertools.combinations(levels, 2) for pair in itertools.product(a, b)}
+    others = [of_one[1:] for of_one in levels]
+    missing = {frozenset(pair) for a, b in itertools.combinations(others, 2) for pair in itertools.product(a, b)}
     rows = []
     while missing:
         first = min(sorted(pair) for pair in missing)

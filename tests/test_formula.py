@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import GAMMAS_AND_CLIP
+from cases import GAMMAS_AND_CLIP, assert_no_worse, away_from_the_margin, careful_pair, interpreted, true_pair
 
 from asl_pallas import kernels
 from asl_pallas.formula import EXACT, TRACED, Arithmetic, AsymmetricLoss
@@ -87,7 +88,9 @@ def test_a_nan_logit_gives_nan_in_a_gpu_kernel_where_max_and_min_drop_it(monkeyp
         of_numbers = Task(AsymmetricLoss(gamma_neg, gamma_pos, clip), "elements", True, ignore_label=-1)
         of_arrays = Task(AsymmetricLoss(TRACED, TRACED, TRACED), "elements", True, ignore_label=-1)
         for task, dynamic in ((of_numbers, None), (of_arrays, scalars)):
-            for part in triton.run(task, operands._replace(scalars=dynamic), interpret=True):
+            with interpreted("triton"):
+                parts = triton.run(task, operands._replace(scalars=dynamic), interpret=True)
+            for part in parts:
                 assert np.isnan(part).tolist() == [[True, True, False]] * 2
 
 
@@ -118,6 +121,40 @@ def test_a_coarse_reciprocal_shows_so_kernels_divide_as_they_are_told():
     formula = AsymmetricLoss()
     for exact, off in zip(formula.value_and_gradient(x, y), formula.value_and_gradient(x, y, wrong), strict=True):
         assert (abs(exact - off) > 1e-3 * abs(exact)).all()
+
+
+@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
+@pytest.mark.parametrize("signs", ["up", "down", "either"])
+def test_a_gpus_approximate_instructions_may_err_as_their_manual_allows(gamma_neg, gamma_pos, clip, signs):
+    """ex2, lg2 and rcp.approx.ftz, which no interpreter has, each wrong by all that NVIDIA's PTX manual leaves them."""
+    random = np.random.default_rng(0)
+
+    def err(shape: tuple[int, ...]) -> Any:
+        return {"up": 1.0, "down": -1.0, "either": random.uniform(-1, 1, shape)}[signs] * 2.0**-22
+
+    def exp2(t: Any) -> Any:
+        return (np.exp2(np.float64(t)) * (1 + err(t.shape))).astype(np.float32)
+
+    def log2(z: Any) -> Any:
+        exact = np.log2(np.float64(z))
+        absolute = np.where((z >= 0.5) & (z <= 2), 1.0, np.abs(exact))
+        return np.where(z == 1, 0.0, exact + absolute * err(z.shape)).astype(np.float32)
+
+    chip = Arithmetic(
+        exp=lambda x: jnp.asarray(exp2(np.asarray(x * (1 / math.log(2))))),
+        log=lambda z: jnp.asarray(log2(np.asarray(z))) * math.log(2),
+        reciprocal=lambda z: jnp.asarray((1 / np.float64(z) * (1 + err(z.shape) / 2)).astype(np.float32)),
+    )
+    x = np.concatenate([LOGITS, np.linspace(-100, 100, 4001), np.linspace(-4, 4, 4001)]).astype(np.float32)
+    x, y = np.tile(x, 2), np.repeat(np.int8([0, 1]), x.size)
+    options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "axis": ()}
+    truths, yardsticks = (pair(x, y, np.ones(x.shape), **options) for pair in (true_pair, careful_pair))
+    formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
+    found = formula.value_and_gradient(jnp.asarray(x), jnp.asarray(y > 0), chip)
+    near = (True, away_from_the_margin(x, clip))
+    for what, f, truth, careful, only in zip(("loss", "gradient"), found, truths, yardsticks, near, strict=True):
+        assert_no_worse(np.asarray(f), truth, careful, what, only=only)
+        assert (np.asarray(f) >= 0).all() or what == "gradient"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,10 +41,11 @@ def step(axis: int | None = None) -> Any:
     [
         ("sparse", None, CLASSES, "bfloat16", 8),
         ("packed", -1, CLASSES, "bfloat16", 8),
+        ("dense", None, CLASSES, "bfloat16", 8),
         # A float32 kernel that XLA converts ahead of the loop would take 256 MiB.
         ("sparse", None, CLASSES, "float32", 8),
         # One more class than the chunks have.
-        ("dense", None, CLASSES + 1, "bfloat16", 8),
+        ("sparse", None, CLASSES + 1, "bfloat16", 8),
         ("sparse", None, 1_048_576, "bfloat16", 64),
     ],
 )

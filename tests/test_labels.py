@@ -221,7 +221,7 @@ def test_words_can_be_cut_anywhere(first):
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     # As many words as classes, more, fewer; and three groups of them.
-    [((5, 128), "float32"), ((33, 80), "bfloat16"), ((5, 257), "float32"), ((2, 9605), "float32")],
+    [((5, 128), "float32"), ((33, 80), "bfloat16"), ((8, 257), "float32"), ((2, 9605), "float32")],
 )
 def test_the_loss_of_either_form_matches_float64(implementation, form, shape, dtype):
     assert_parity(logits_of(shape, dtype=dtype), labels_of(shape), implementation=implementation, form=form)
@@ -327,3 +327,6 @@ def test_labels_that_fit_no_loss_are_named(form):
         asymmetric_loss(x, jax.tree.map(lambda array: array.astype(np.float32), labels))
     with pytest.raises(NotImplementedError, match="mosaic_gpu"):
         asymmetric_loss(x, labels, implementation="mosaic_gpu")
+    many = SparseLabels(np.full((2, 5000), -1), 300)
+    with pytest.raises(NotImplementedError, match="at most 4096 ids a row, and these have 5000"):
+        asymmetric_loss(x, many, implementation="mosaic_tpu")

@@ -9,6 +9,7 @@ import optax
 import pytest
 from cases import (
     GAMMAS_AND_CLIP,
+    HYPERPARAMETERS,
     KERNELS,
     assert_no_worse,
     assert_parity,
@@ -137,9 +138,14 @@ def test_blocks_of_rows_and_classes_with_ragged_edges_match_float64(implementati
     )
 
 
-@pytest.mark.parametrize("axis", [-1, (), None])
-@pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(4.0, 1.0, 0.05), (0.5, 0.0, 0.0), (0.0, 0.5, 0.2)])
-def test_extreme_logits_give_the_limits_of_the_formula(implementation, axis, gamma_neg, gamma_pos, clip):
+FOCUSES = [(4.0, 1.0, 0.05), (0.5, 0.0, 0.0), (0.0, 0.5, 0.2)]
+AXES = [-1, (), None]
+# Soft labels with every focus and axis, and each of them once with hard ones: every pair is there.
+LIMITS = [(focus, axis, i == j) for i, focus in enumerate(FOCUSES) for j, axis in enumerate(AXES)]
+
+
+@pytest.mark.parametrize(("focus", "axis", "hard_too"), LIMITS)
+def test_extreme_logits_give_the_limits_of_the_formula(implementation, focus, axis, hard_too):
     extreme = [
         30,
         -30,
@@ -161,8 +167,10 @@ def test_extreme_logits_give_the_limits_of_the_formula(implementation, axis, gam
     x = np.repeat(np.array(extreme, np.float32), 3)[:, None]
     y = np.tile(np.array([0, 1, 0.25], np.float32), len(extreme))[:, None]
     ct = np.float32(1.0) if axis is None else np.ones(x.shape if axis == () else x.shape[:1], np.float32)
-    options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "axis": axis}
+    options = {**dict(zip(HYPERPARAMETERS, focus, strict=True)), "axis": axis}
     assert_parity(x, y, implementation=implementation, cotangent=ct, **options)
+    if not hard_too:
+        return
     hard = y[:, 0] != 0.25
     assert_parity(
         x[hard],

@@ -24,6 +24,12 @@ WIDTH = 512
 BATCH = 512  # examples a group of chips that share the classes out
 
 
+SPECS = (P("data"), P("data", "model"), P(None, "model"), P(("data", "model")))
+KINDS = (AxisType.Explicit, AxisType.Auto)
+# Each pod with every spec, with one kind of axes after the other: every pair of the three is there.
+LAYOUTS = [(pod, spec, KINDS[(i + j) % 2]) for i, pod in enumerate(targets.PODS) for j, spec in enumerate(SPECS)]
+
+
 @pytest.fixture(params=targets.PODS)
 def topology(request: pytest.FixtureRequest) -> str:
     available("v5e")
@@ -34,9 +40,8 @@ def mesh_of(topology: str, kind: AxisType) -> jax.sharding.Mesh:
     return targets.pod(topology, *targets.PODS[topology], kind)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(None, "model"), P(("data", "model"))], ids=str)
-def test_the_loss_moves_one_value_an_example_and_a_scalar(topology, kind, spec):
+@pytest.mark.parametrize(("topology", "spec", "kind"), LAYOUTS, indirect=["topology"], ids=str)
+def test_the_loss_moves_one_value_an_example_and_a_scalar(topology, spec, kind):
     mesh = mesh_of(topology, kind)
     batch = 32 * mesh.size
     lies = NamedSharding(mesh, spec)

@@ -82,8 +82,8 @@ def test_parity_passes_on_the_tree_and_fails_once_a_line_of_the_formula_is_wrong
     assert all(row["figures"]["holds"] for row in json.loads(capsys.readouterr().out)["rows"])
     power = formula.AsymmetricLoss._power
 
-    def wrong(self: Any, m: Any, positive: Any, derived: bool = False) -> Any:
-        return power(self, m, positive, derived) * (1.001 if derived else 1)
+    def wrong(self: Any, *arguments: Any, derived: bool = False) -> Any:
+        return power(self, *arguments, derived=derived) * (1.001 if derived else 1)
 
     jax.clear_caches()
     monkeypatch.setattr(formula.AsymmetricLoss, "_power", wrong)

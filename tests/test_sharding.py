@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import re
 import warnings
 from typing import Any
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import cotangent_of, labels_of, logits_of
+from cases import KERNELS, QUICK, cotangent_of, interpreted, labels_of, logits_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
+from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss
 
 SHAPE = (4, 8, 48)
 SPECS = [
@@ -54,6 +54,17 @@ def both(implementation: str | None, spec: P | None, **options: Any) -> Any:
     return run
 
 
+@functools.cache
+def on_one_device(implementation: str | None, axis: Any = -1, dtype: str = "float32") -> tuple[Any, Any]:
+    """What every layout is held against, computed once."""
+    with interpreted(implementation):
+        return jitted(both(implementation, None, axis=axis), implementation)(*operands(dtype))
+
+
+def jitted(f: Any, implementation: str | None) -> Any:
+    return jax.jit(f, compiler_options=QUICK if implementation in KERNELS else None)
+
+
 def operands(dtype: str = "float32") -> tuple[Any, Any, dict[str, Any]]:
     random = np.random.default_rng(5)
     arrays = {
@@ -64,36 +75,42 @@ def operands(dtype: str = "float32") -> tuple[Any, Any, dict[str, Any]]:
     return logits_of(SHAPE, dtype=dtype), labels_of(SHAPE), arrays
 
 
-def interpreted(implementation: str | None) -> Any:
-    return kernels.interpret_mode() if implementation else contextlib.nullcontext()
+KINDS = (AxisType.Explicit, AxisType.Auto)
+# Every spec with either kind, and each kernel with every spec, with one kind after the other: every pair is there.
+LAYOUTS = [(None, kind, spec) for spec in SPECS for kind in KINDS]
+LAYOUTS += [(kernel, KINDS[(i + k) % 2], spec) for k, kernel in enumerate(KERNELS) for i, spec in enumerate(SPECS)]
 
 
-@pytest.mark.parametrize("implementation", [None, "mosaic_tpu", "triton"])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("implementation", "kind", "spec"), LAYOUTS, ids=str)
 def test_every_layout_gives_what_one_device_gives(implementation, kind, spec):
     x, y, arrays = operands()
+    loss, slope = on_one_device(implementation)
     with interpreted(implementation):
-        loss, slope = jax.jit(both(implementation, None))(x, y, arrays)
         mesh = mesh_of(kind)
         with jax.set_mesh(mesh):
             on_mesh = jax.device_put(x, NamedSharding(mesh, spec))
             # Labels lie otherwise than the logits: they move, and the rest is replicated.
             labels = jax.device_put(y, NamedSharding(mesh, P(None, "data")))
             named = spec if kind == AxisType.Auto else None
-            found = jax.jit(both(implementation, named))(on_mesh, labels, arrays)
+            found = jitted(both(implementation, named), implementation)(on_mesh, labels, arrays)
     np.testing.assert_allclose(found[0], loss, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found[1], slope, rtol=1e-5, atol=1e-6)
     assert found[1].sharding.is_equivalent_to(on_mesh.sharding, 3)
 
 
-@pytest.mark.parametrize("axis", [-1, (), None, 0, (0, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+AXES = [-1, (), None, 0, (0, 1), (1, 2)]
+# Every axis with either kind in float32, and with the other dtypes with one kind after the other: every pair is there.
+SUMS = [(axis, kind, "float32") for axis in AXES for kind in KINDS]
+SUMS += [
+    (axis, KINDS[(i + d) % 2], dtype) for d, dtype in enumerate(["bfloat16", "float16"]) for i, axis in enumerate(AXES)
+]
+
+
+@pytest.mark.parametrize(("axis", "kind", "dtype"), SUMS, ids=str)
 def test_every_axis_and_dtype_gives_what_one_device_gives(axis, kind, dtype):
     x, y, arrays = operands(dtype)
     spec = P("data", None, "model")
-    loss, slope = jax.jit(both(None, None, axis=axis))(x, y, arrays)
+    loss, slope = on_one_device(None, axis, dtype)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         on_mesh = jax.device_put(x, NamedSharding(mesh, spec))

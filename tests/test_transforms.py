@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -146,13 +147,20 @@ def test_checkpoint_changes_nothing(implementation, policy):
     np.testing.assert_allclose(kept[1], plain[1], rtol=1e-6, atol=1e-7)
 
 
-def second_derivative(x: Any, y: Any, implementation: str | None, v: Any = 1.0, **options: Any) -> Any:
+def second_derivative(
+    x: Any, y: Any, implementation: str | None, v: Any = 1.0, where: Any = None, **options: Any
+) -> Any:
     """The derivative of sum(v * gradient): v times the diagonal of the Hessian."""
+    return _second_derivative(implementation, tuple(options.items()))(jnp.asarray(x), y, v, where)
 
-    def total(x: Any) -> Any:
-        return asymmetric_loss(x, y, axis=None, implementation=implementation, **options)
 
-    return jax.jit(jax.grad(lambda x: jnp.sum(v * jax.grad(total)(x))))(jnp.asarray(x))
+@functools.cache
+def _second_derivative(implementation: str | None, options: tuple[tuple[str, Any], ...]) -> Any:
+    def slope(x: Any, y: Any, where: Any) -> Any:
+        call = functools.partial(asymmetric_loss, axis=None, implementation=implementation, **dict(options))
+        return jax.grad(lambda x: call(x, y, where=where))(x)
+
+    return jax.jit(jax.grad(lambda x, y, v, where: jnp.sum(v * slope(x, y, where))))
 
 
 def true_second_derivative(x: Any, y: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from jax import Array
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
-from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES
+from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, TPU_MOST_IDS
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for.
@@ -65,6 +65,8 @@ def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> 
             return f"it walks rows of at least {MOSAIC_GPU_CLASSES} classes, and the logits have {classes}"
     if operands.logits.dtype == jnp.float64:
         return "it computes in float32 and the logits are float64; 'xla' computes in float64"
+    if implementation == "mosaic_tpu" and labels == "sparse" and (k := operands.labels.shape[-1]) > TPU_MOST_IDS:
+        return f"it holds at most {TPU_MOST_IDS} ids a row, and these have {k}; PackedLabels serve any number"
     supported = LOADS[implementation]
     for name in ("logits", "labels", "where"):
         operand = getattr(operands, name)

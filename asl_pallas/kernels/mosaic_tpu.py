@@ -8,6 +8,7 @@ chip, lane by lane, until its last block of classes; then they leave as one lane
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,6 +130,21 @@ def _quotient(n: Array, k: int) -> Array:
     return lax.div(n, jnp.int32(k))
 
 
+def _pack(ids, words, tiles: Array, pack: Callable[[Array], Array]) -> None:
+    """The words of the block's rows, which are made of their ids 128 rows at a time."""
+
+    def rows(r, _):
+        at = pl.ds(pl.multiple_of(r * LANES, LANES), LANES)
+
+        def some(t, packed):
+            return packed | pack(ids[pl.ds(pl.multiple_of(t * TPU_IDS, TPU_IDS), TPU_IDS), at])
+
+        turns, none = jnp.int32(ids.shape[0] // TPU_IDS), jnp.zeros((LANES, LANES), jnp.int32)
+        words[at, :] = lax.fori_loop(jnp.int32(0), turns, some, none).T
+
+    lax.fori_loop(jnp.int32(0), tiles, rows, None)
+
+
 def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, *refs):
     """One block. The refs are the inputs, the outputs and the scratch, in the order of their names."""
     inputs = dict(zip(names, refs, strict=False))
@@ -142,23 +158,18 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
         scalars = inputs.pop("scalars")
         task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
 
-    # Of the words, what the block's first classes are; those that are made here begin with the block.
+    # The bit of the block's first 128 classes: the words may be those of several blocks. Those that are made here begin
+    # with the block.
     first_bit = lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS)) if task.labels == "packed" else 0
     words = scratch.pop("words", None)
     if words is not None:
-        ids = inputs["labels"]
-
-        def pack(r, _):
-            at = pl.ds(pl.multiple_of(r * LANES, LANES), LANES)
-
-            def some(t, packed):
-                some_ids = ids[pl.ds(pl.multiple_of(t * TPU_IDS, TPU_IDS), TPU_IDS), at]
-                return packed | pack_tile(some_ids, j * tiling.classes, tiling.classes)
-
-            turns, none = jnp.int32(ids.shape[0] // TPU_IDS), jnp.zeros((LANES, LANES), jnp.int32)
-            words[at, :] = lax.fori_loop(jnp.int32(0), turns, some, none).T
-
-        lax.fori_loop(jnp.int32(0), _quotient(groups * group + (LANES - 1), LANES), pack, None)
+        tiles = _quotient(groups * group + (LANES - 1), LANES)
+        _pack(
+            inputs["labels"],
+            words,
+            tiles,
+            functools.partial(pack_tile, first=j * tiling.classes, classes=tiling.classes),
+        )
         inputs["labels"] = words
 
     for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:

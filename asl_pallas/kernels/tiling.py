@@ -32,6 +32,8 @@ _TPU_WHOLE_ROW = 1024
 _TPU_CHUNKS = {True: (2048, 1024, 512, 256, 128), False: (512, 256, 128)}
 # Ids that are compared at a time: the rows of a register.
 TPU_IDS = 8
+# With more of them in a row, 128 rows' would take more than 2 MiB of VMEM.
+TPU_MOST_IDS = 4096
 _CPU_ELEMENTS = 64 * 1024
 _TRITON_ELEMENTS = 1024
 _TRITON_WARPS = 4

@@ -3,32 +3,68 @@
 A program owns a block of rows and a span of classes, which it walks chunk by chunk; lanes keep their own partial sums
 and add them up once at the end. Rows too few to fill the chip have their classes split into several spans, whose sums
 XLA adds.
+
+A thread loads and stores 16 bytes at a time where every chunk starts at a multiple of as many. Of rows whose length is
+no such multiple, 9605 classes say, the arrays are handed over flat, and a row's chunks lie as the memory does: the
+first starts at the multiple below the row's beginning, and what isn't the row's is masked in the first and the last.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 from asl_pallas.labels import PADDING, byte_tile, unpack_bytes, word_and_bit
 
 
+def _instruction(name: str, *operands: Array) -> Array:
+    """One instruction of PTX, on float32."""
+    (result,) = plgpu.elementwise_inline_asm(
+        f"{name} {', '.join(f'${k}' for k in range(len(operands) + 1))};",
+        args=operands,
+        constraints=",".join(["=f", *["f"] * len(operands)]),
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(operands[0].shape, jnp.float32)],
+    )
+    return result
+
+
+# What Triton makes of jnp.exp, jnp.log, quotients and selects is some 50 instructions an element, and these are 11. By
+# NVIDIA's PTX manual they err by at most 2^-22, the reciprocal by a unit in the last place; tests/test_formula.py lets
+# them err so and finds loss and gradient within the bound.
+_GPU = Arithmetic(
+    exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
+    log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
+    reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
+    at_least=lambda x, bound: _instruction("max.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
+    at_most=lambda x, bound: _instruction("min.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
+)
+
+# Elements that a thread has side by side: 16 bytes of bfloat16.
+_VECTOR = 8
+
+
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     rows, classes = operands.logits.shape
-    tiling = triton_tiling(rows, classes)
-    spans = pl.cdiv(classes, tiling.span)
+    flat = _is_flat(rows, classes)
+    tiling = triton_tiling(rows, _width(classes, flat))
+    spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
 
     if task.labels == "sparse" and operands.labels.shape[1] == 0:
         operands = operands._replace(labels=jnp.full((rows, 1), PADDING, jnp.int32))
-    names = tuple(name for name in Operands._fields if getattr(operands, name) is not None)
+    arrays = {name: array for name, array in operands._asdict().items() if array is not None}
     outputs = {}
     if task.value == "rows":
         outputs["value"] = result_like(operands.logits, (rows, spans), dtype)
@@ -37,23 +73,45 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if task.gradient:
         outputs["gradient"] = result_like(operands.logits, (rows, classes), operands.logits.dtype)
 
+    def lying(name, shape):
+        by_element = shape == (rows, classes) and (name != "value" or task.value == "elements")
+        return (rows * classes,) if flat and by_element else shape
+
     results = pl.pallas_call(
-        functools.partial(_kernel, task, names, tuple(outputs), tiling, (rows, classes)),
+        functools.partial(
+            _kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, EXACT if interpret else _GPU
+        ),
         grid=(pl.cdiv(rows, tiling.rows), spans),
-        out_shape=list(outputs.values()),
+        out_shape=[result_like(operands.logits, lying(name, o.shape), o.dtype) for name, o in outputs.items()],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         # Safe in one pass: an element is read before its own gradient is written, and by nobody else.
         input_output_aliases={0: list(outputs).index("gradient")} if task.gradient and task.donate_logits else {},
         interpret=interpret,
         name="asl_pallas_" + "_and_".join(outputs),
-    )(*(getattr(operands, name) for name in names))
-    found = dict(zip(outputs, results, strict=True))
+    )(*(array.reshape(lying(name, array.shape)) for name, array in arrays.items()))
+    found = {name: result.reshape(outputs[name].shape) for name, result in zip(outputs, results, strict=True)}
     if task.value == "rows":
         found["value"] = jnp.sum(found["value"], axis=1)
     return Result(found.get("value"), found.get("gradient"))
 
 
-def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
+def _is_flat(rows: int, classes: int) -> bool:
+    """Whether chunks start at multiples of a vector in memory because they wouldn't otherwise, and can.
+
+    The last vector of all has to end where the array does, and a short row must not need a longer chunk for it.
+    """
+    if classes % _VECTOR == 0 or rows == 1:
+        return False
+    fits = triton_tiling(rows, _width(classes, True)).chunk == triton_tiling(rows, classes).chunk
+    return fits and rows * classes % _VECTOR == 0 and rows * classes < 2**31
+
+
+def _width(classes: int, flat: bool) -> int:
+    """A row's elements, and those between it and the multiple of a vector below it."""
+    return classes + (_VECTOR - 1 if flat else 0)
+
+
+def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, chip: Arithmetic, *refs):
     inputs = dict(zip(names, refs, strict=False))
     out = dict(zip(outputs, refs[len(names) :], strict=True))
     rows, classes = shape
@@ -63,6 +121,12 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
     if rows % tiling.rows:
         row_exists = lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows < rows
 
+    before: Any = 0
+    if flat:
+        begin = (lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows) * classes
+        vector = lax.div(begin, _VECTOR)
+        before = begin - vector * _VECTOR  # elements that the first chunk has of the row above
+
     if "scalars" in inputs:
         scalars = inputs.pop("scalars")
         task = task.bind(scalars[k] for k in range(scalars.shape[0]))
@@ -70,76 +134,113 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, *refs):
     few_labels = None
     if task.labels != "dense":
         form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
-        few_labels = form(inputs.pop("labels"), tiling, i * tiling.rows, row_exists)
+        few_labels = form(inputs.pop("labels"), tiling, i * tiling.rows, row_exists, before)
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
-        class_exists = None
+        class_exists: Any = None
+        vector_exists: Any = None
+        column = lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1) + c * tiling.chunk
+        if flat:
+            here = vector * _VECTOR + column
+            column = column - before
         if edge:
-            class_exists = lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1) + c * tiling.chunk < classes
+            class_exists = column < classes
+        if edge and flat:
+            class_exists = jnp.logical_and(column >= 0, class_exists)
+            # A whole vector is there or isn't: only the last ones of the last row aren't.
+            vector_exists = lax.div(here, _VECTOR) < rows * classes // _VECTOR
 
-        def place(ref):
+        def place(ref, stored):
             """Index and mask of the tile in an operand that may be constant along either dimension."""
+            if len(ref.shape) == 1:
+                mask = _all(class_exists if stored else vector_exists, row_exists)
+                # The interpreter writes back what is masked, which is the next row's where a tile has several.
+                aside = stored and tiling.rows > 1
+                return (jnp.where(mask, here, rows * classes) if aside else here,), mask
             by_row, by_class = ref.shape[0] > 1 or rows == 1, ref.shape[1] > 1 or classes == 1
+            if flat and by_class:  # the same for all rows
+                return (jnp.zeros_like(column), jnp.clip(column, 0, classes - 1)), None
             index = (at_rows if by_row else pl.ds(0, 1), at_classes if by_class else pl.ds(0, 1))
             tile = (tiling.rows if by_row else 1, tiling.chunk if by_class else 1)
-            masks = [m for m, needed in ((row_exists, by_row), (class_exists, by_class)) if needed and m is not None]
-            mask = functools.reduce(jnp.logical_and, masks) if masks else None
+            mask = _all(row_exists if by_row else None, class_exists if by_class else None)
             return index, None if mask is None else jnp.broadcast_to(mask, tile)
 
         def load(ref):
-            index, mask = place(ref)
+            index, mask = place(ref, stored=False)
             other = None if mask is None else jnp.zeros((), ref.dtype)
             return plgpu.load(ref.at[index], mask=mask, other=other)
 
         def store(ref, tile):
-            index, mask = place(ref)
+            index, mask = place(ref, stored=True)
             plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
 
         tile = {name: load(ref) for name, ref in inputs.items()}
         if few_labels is not None:
-            tile["labels"] = few_labels(c)
-        result = task.evaluate(Operands(**tile), class_exists)
+            tile["labels"] = few_labels(c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
+        result = task.evaluate(Operands(**tile), class_exists, chip)
         if task.gradient:
             store(out["gradient"], result.gradient)
         if task.value == "elements":
             store(out["value"], result.value)
         return partial + result.value if task.value == "rows" else partial
 
+    # A row's chunks have an edge in them from `end` on and, of a flat row, the first one, and none between.
+    total = pl.cdiv(_width(classes, flat), tiling.chunk)
+    begin = 1 if flat else 0
+    end = max(classes // tiling.chunk, begin)
+
+    def edges_before(c):
+        return jnp.minimum(c, begin) + jnp.maximum(c - end, 0)
+
     chunks = tiling.span // tiling.chunk
-    whole = classes // tiling.chunk  # chunks without an edge in the whole row
-    last = jnp.minimum((j + 1) * chunks, whole)
-    start = jnp.zeros((tiling.rows, tiling.chunk) if task.value == "rows" else (), jnp.float32)
-    partial = lax.fori_loop(j * chunks, last, lambda c, p: chunk(c, p, edge=False), start)
-    if classes % tiling.chunk:
-        partial = lax.cond(j == pl.num_programs(1) - 1, lambda p: chunk(last, p, edge=True), lambda p: p, partial)
+    first, last = j * chunks, jnp.minimum((j + 1) * chunks, total)
+    partial = jnp.zeros((tiling.rows, tiling.chunk) if task.value == "rows" else (), jnp.float32)
+    if begin < end:
+        inner = jnp.maximum(first, begin), jnp.minimum(last, end)
+        partial = lax.fori_loop(*inner, lambda c, p: chunk(c, p, edge=False), partial)
+    if begin or end < total:
+        edges = edges_before(first), edges_before(last)
+        partial = lax.fori_loop(
+            *edges, lambda e, p: chunk(jnp.where(e < begin, e, e - begin + end), p, edge=True), partial
+        )
     if task.value == "rows":
         index = (at_rows, pl.ds(j, 1))
         plgpu.store(out["value"].at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)
 
 
-def _packed_labels(ref, tiling: TritonTiling, first_row, row_exists):
-    """The labels of chunk c, bit by bit; eight classes that are neighbours are so in eight words of the cache."""
+def _all(*masks: Any) -> Any:
+    """What all of those say that there are; None where there is none."""
+    found = [mask for mask in masks if mask is not None]
+    return functools.reduce(jnp.logical_and, found) if found else None
 
-    def labels(c):
-        word, bit = word_and_bit(c * tiling.chunk + lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1))
+
+def _packed_labels(ref, tiling: TritonTiling, first_row, row_exists, before):
+    """The labels of a chunk's columns, bit by bit; eight that are neighbours are so in eight words of the cache."""
+
+    def labels(c, column):
+        word, bit = word_and_bit(column)
         words = _load_at(ref, first_row, word, row_exists, (tiling.rows, tiling.chunk))
         return (words >> bit.astype(jnp.uint32)) & jnp.uint32(1) != 0
 
     return labels
 
 
-def _sparse_labels(ref, tiling: TritonTiling, first_row, row_exists):
-    """The labels of chunk c, by a look at every id if any is in the chunk, which few chunks of a long row have."""
+def _sparse_labels(ref, tiling: TritonTiling, first_row, row_exists, before):
+    """The labels of chunk c, by a look at every id if any is in the chunk, which few chunks of a long row have.
+
+    An id is as many elements further than its class as the row's first chunk has before the row; padding may come to
+    lie among those.
+    """
     k = ref.shape[1]
     columns = lax.broadcasted_iota(jnp.int32, (1, 1 << (k - 1).bit_length()), 1)
     shape = (tiling.rows, columns.shape[1])
     in_row = columns < k if row_exists is None else jnp.logical_and(columns < k, row_exists)
-    ids = _load_at(ref, first_row, columns, in_row, shape, PADDING)
+    ids = _load_at(ref, first_row, columns, in_row, shape, PADDING) + before
 
-    def labels(c):
+    def labels(c, column):
         def mark(t, found):
-            ids = _load_at(ref, first_row, t, row_exists, (tiling.rows, 1), PADDING)
+            ids = _load_at(ref, first_row, t, row_exists, (tiling.rows, 1), PADDING) + before
             return found | byte_tile(ids - c * tiling.chunk, tiling.chunk)
 
         none = jnp.zeros((tiling.rows, tiling.chunk // 8), jnp.int32)
