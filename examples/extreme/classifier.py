@@ -1,5 +1,6 @@
 """The classifier in Flax NNX, its train step with the fused head, and the step that it replaces."""
 
+import functools
 from typing import Any
 
 import jax
@@ -85,9 +86,12 @@ def unfused_train_step(
     return loss
 
 
-@nnx.jit(static_argnames="k")
+@functools.partial(jax.jit, static_argnames="k")
 def best_labels(model: Classifier, words: jax.Array, k: int) -> jax.Array:
-    """Ids (batch, k) of the labels with the highest scores, the best first."""
+    """Ids (batch, k) of the labels with the highest scores, the best first.
+
+    nnx.jit, which may change a model, would return a copy of this one.
+    """
     return model.head.top_k(model.features(words), k)[1]
 
 
