@@ -7,7 +7,7 @@ has the memory of the train step, beside the same step with logits.
 
     pip install -e .[demo]
     python examples/train_extreme.py                                # a million labels, where memory allows
-    python examples/train_extreme.py --labels 100000 --steps 50     # two minutes on two CPU cores
+    python examples/train_extreme.py --labels 100000 --steps 50     # a minute or two on two CPU cores
 
 This file holds the command line. What a session does is in extreme/session.py, model and train step are in
 extreme/classifier.py.
