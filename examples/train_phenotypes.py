@@ -17,41 +17,15 @@ import argparse
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from phenotypes import cluster_flags, launcher
+from phenotypes.argument_types import number, whole
 from phenotypes.errors import CannotRun
 from phenotypes.interruption import Interruption
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))  # for reference/, which no wheel holds
-
-
-def number(minimum: float, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number, at least `minimum` and less than `below`."""
-
-    def parse(text: str) -> float:
-        allowed = f"a number of at least {minimum:g}" + (f" and less than {below:g}" if below < math.inf else "")
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and minimum <= value < below):
-            raise argparse.ArgumentTypeError(f"{text!r} isn't {allowed}")
-        return value
-
-    return parse
-
-
-def whole(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, at least `minimum`, that fits into 32 bits (as JAX's seeds have to)."""
-
-    def parse(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and minimum <= int(text) < 2**31):
-            raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number of at least {minimum} and less than 2**31")
-        return int(text)
-
-    return parse
 
 
 def head_bias(text: str) -> str | float:
@@ -102,6 +76,20 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="the head's first bias: log-odds of each label's rate (label, the default), of the overall rate "
         "(overall), or a number",
     )
+    parser.add_argument(
+        "--head",
+        choices=("dense", "fused"),
+        default="dense",
+        help="dense: logits and their loss (the default). fused: loss and gradients without the logits, the same to "
+        "rounding",
+    )
+    parser.add_argument(
+        "--labels",
+        choices=("dense", "packed", "sparse"),
+        default="dense",
+        help="what the loss gets of a batch's labels: a byte each (dense, the default), a bit each (packed), or the "
+        "ids of the positives (sparse)",
+    )
     parser.add_argument("--linen", action="store_true", help="train with Flax linen instead of NNX")
     parser.add_argument(
         "--max-diseases", type=whole(200), help="take a random part of the diseases only, for a quick look"
@@ -127,6 +115,11 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     cluster_flags.add(parser, whole)
     options = parser.parse_args(arguments)
     cluster_flags.check(parser, options)
+    if options.mesh is not None or options.coordinator is not None or options.processes > 1:
+        spread = next(flag for flag in ("mesh", "coordinator", "processes") if getattr(options, flag) not in (None, 1))
+        for flag, value in (("head", options.head), ("labels", options.labels)):
+            if value != "dense":
+                parser.error(f"--{flag} {value}: for one device; --{spread} takes --{flag} dense alone")
     if options.checkpoint_dir is None:
         for flag, value in (("--resume", options.resume), ("--checkpoint-every", options.checkpoint_every)):
             if value:

@@ -1,5 +1,6 @@
 """The example: data, split, metrics, both Flax APIs, and the script itself in a process of its own."""
 
+import dataclasses
 import io
 import os
 import pathlib
@@ -22,6 +23,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import train_phenotypes  # noqa: E402
+from tiny_problem import tiny_problem  # noqa: E402
 
 from phenotypes import data, groups, interruption, metrics, report, settings, training  # noqa: E402
 from phenotypes.linen_classifier import LinenTrainer  # noqa: E402
@@ -207,6 +209,13 @@ def test_the_first_logits_are_the_log_odds_of_the_rates():
         np.testing.assert_allclose(logits, np.broadcast_to(bias, (2, 4)), rtol=1e-6)
 
 
+def give_parameters(ours, theirs):
+    """Copied to the host: the steps give their old parameters' memory away, and must not share it."""
+    copied = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(ours.model, nnx.Param)))
+    assert jax.tree.map(np.shape, copied) == jax.tree.map(np.shape, theirs.state.params)
+    theirs.state = theirs.state.replace(params=jax.tree.map(jax.numpy.asarray, copied))
+
+
 @pytest.mark.parametrize("focus", [settings.bce(), settings.focal(2.0), settings.ASL_DEFAULT], ids=lambda f: f.name)
 def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
     rng = np.random.default_rng(0)
@@ -214,10 +223,7 @@ def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
     bias = rng.normal(-3, 1, 257).astype(np.float32)
     optimizer = training.optimizer(1e-2, epochs=2, steps_per_epoch=3)
     ours, theirs = NNXTrainer(sizes, bias, optimizer, 0), LinenTrainer(sizes, bias, optimizer, 1)
-    # Copied to the host: the steps give their old parameters' memory away, and must not share it.
-    copied = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(ours.model, nnx.Param)))
-    assert jax.tree.map(np.shape, copied) == jax.tree.map(np.shape, theirs.state.params)
-    theirs.state = theirs.state.replace(params=jax.tree.map(jax.numpy.asarray, copied))
+    give_parameters(ours, theirs)
 
     ids = rng.integers(0, 101, (33, 7)).astype(np.int32)
     labels = (rng.random((33, 257)) < 0.05).astype(np.int8)
@@ -234,6 +240,36 @@ def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
         ("embedding", after["embedding"]["embedding"], theirs.state.params["embedding"]["embedding"]),
     ):
         np.testing.assert_allclose(ours_now, theirs_now, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_heads_and_forms_of_labels_have_equal_learning_curves():
+    """The fused head and packed or sparse labels train to the weights of the dense head and labels, to rounding."""
+
+    def linen_trainer(*arguments):
+        made = LinenTrainer(*arguments)
+        give_parameters(NNXTrainer(*arguments), made)
+        return made
+
+    curves, logits = [], []
+    for make_trainer, fused, form in (
+        (NNXTrainer, False, "dense"),
+        (NNXTrainer, False, "packed"),
+        (NNXTrainer, True, "dense"),
+        (NNXTrainer, True, "sparse"),
+        (linen_trainer, True, "packed"),
+    ):
+        problem = tiny_problem(80, 131)
+        problem = dataclasses.replace(problem, sizes=dataclasses.replace(problem.sizes, fused_head=fused))
+        bias = settings.head_bias("overall", problem.counts, len(problem.split.train))
+        plan = training.Plan(epochs=3, batch_size=16, learning_rate=1e-2, seed=0, bias=bias, labels=form)
+        console = rich.console.Console(file=io.StringIO())
+        run = training.train(problem, plan, settings.asl(2, 1, 0.0), make_trainer, interruption.Interruption(), console)
+        curves.append([point.train_loss for point in run.curve])
+        logits.append(run.logits(problem.ids))
+    assert curves[0][-1] < 0.995 * curves[0][0]
+    for curve, last in zip(curves[1:], logits[1:], strict=True):
+        np.testing.assert_allclose(curve, curves[0], rtol=1e-5)
+        np.testing.assert_allclose(last, logits[0], rtol=1e-4, atol=1e-3)
 
 
 def point(precision):
@@ -293,6 +329,9 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_the_learning_rate(diseases):
         (["--head-bias", "inf"], "--head-bias: 'inf' is neither label nor overall nor a number"),
         (["--output", "curves.jpg"], "--output: 'curves.jpg' isn't a file name that ends in .png"),
         (["--output", "/dev/null/curves.png"], "--output: /dev/null can't be made"),
+        (["--head", "wide"], "--head: invalid choice: 'wide'"),
+        (["--head", "fused", "--mesh", "data=2"], "--head fused: for one device; --mesh takes --head dense alone"),
+        (["--labels", "packed", "--processes", "2"], "--labels packed: for one device; --processes takes --labels"),
         (["--loss", "hinge"], "--loss: invalid choice: 'hinge'"),
         (["--loss", "bce", "--gamma-neg", "2"], "--gamma-neg: for --loss asl or all"),
     ],

@@ -11,10 +11,11 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from jax.typing import ArrayLike
 
-from asl_pallas import asymmetric_loss
+from asl_pallas import asymmetric_loss, linear_asymmetric_loss
 from phenotypes.data import PADDING
 from phenotypes.layout import LOGITS, Layout, in_sight
 from phenotypes.settings import Focus, Sizes
+from phenotypes.training import Labels
 
 
 class Classifier(nn.Module):
@@ -23,7 +24,9 @@ class Classifier(nn.Module):
     sizes: Sizes
 
     @nn.compact
-    def __call__(self, ids: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, ids: jax.Array, dropout_key: jax.Array | None = None, *, features_only: bool = False
+    ) -> jax.Array:
         sizes = self.sizes
         zeros = nn.initializers.zeros_init()
         present = (ids != PADDING)[..., None]
@@ -31,25 +34,33 @@ class Classifier(nn.Module):
         bag = jnp.sum(embedded * present, axis=-2) / jnp.sqrt(jnp.maximum(present.sum(axis=-2), 1))
         hidden = bag + nn.gelu(nn.Dense(sizes.width, name="hidden")(bag))
         hidden = nn.Dropout(sizes.dropout)(hidden, deterministic=dropout_key is None, rng=dropout_key)
+        if features_only:
+            return hidden
         return nn.Dense(sizes.labels, kernel_init=nn.initializers.normal(0.01), name="head")(hidden)
 
 
-@functools.partial(jax.jit, static_argnames=("focus", "layout"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("focus", "layout", "fused_head"), donate_argnames="state")
 def train_step(
-    state: TrainState, ids: jax.Array, labels: jax.Array, dropout_key: jax.Array, focus: Focus, layout: Layout | None
+    state: TrainState,
+    ids: jax.Array,
+    labels: Labels,
+    dropout_key: jax.Array,
+    focus: Focus,
+    layout: Layout | None,
+    fused_head: bool,
 ) -> tuple[TrainState, jax.Array]:
     """The next state and the loss: summed over the labels, averaged over the batch."""
 
     def batch_loss(params: Any) -> jax.Array:
-        losses = asymmetric_loss(
-            state.apply_fn({"params": params}, ids, dropout_key),
-            labels,
-            gamma_neg=focus.gamma_neg,
-            gamma_pos=focus.gamma_pos,
-            clip=focus.clip,
-            logits_spec=None if layout is None else LOGITS,
-        )
-        return losses.mean()
+        options: dict[str, Any] = {"gamma_neg": focus.gamma_neg, "gamma_pos": focus.gamma_pos, "clip": focus.clip}
+        if fused_head:
+            features = state.apply_fn({"params": params}, ids, dropout_key, features_only=True)
+            head = params["head"]
+            # The total comes with its gradients in one pass over the labels, a mean of the diseases' losses in two.
+            options["axis"] = None
+            return linear_asymmetric_loss(features, head["kernel"], labels, bias=head["bias"], **options) / len(ids)
+        logits = state.apply_fn({"params": params}, ids, dropout_key)
+        return asymmetric_loss(logits, labels, logits_spec=None if layout is None else LOGITS, **options).mean()
 
     loss, gradients = jax.value_and_grad(batch_loss)(state.params)
     state = state.apply_gradients(grads=gradients)
@@ -79,13 +90,14 @@ class LinenTrainer:
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer)
         self.state = state.replace(step=jnp.int32(0))  # linen's own is a Python int, which no checkpoint holds
         self.layout = layout
+        self.fused_head = sizes.fused_head
         if layout is not None:
             self.state = layout.state(self.state)
 
-    def step(self, ids: ArrayLike, labels: ArrayLike, dropout_key: jax.Array, focus: Focus) -> jax.Array:
-        batch = (jnp.asarray(ids), jnp.asarray(labels), dropout_key)
+    def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+        batch = (jnp.asarray(ids), jax.tree.map(jnp.asarray, labels), dropout_key)
         with in_sight(self.layout):
-            self.state, loss = train_step(self.state, *batch, focus, self.layout)
+            self.state, loss = train_step(self.state, *batch, focus, self.layout, self.fused_head)
         return loss
 
     def logits(self, ids: ArrayLike) -> np.ndarray:

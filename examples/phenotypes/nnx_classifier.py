@@ -10,9 +10,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from asl_pallas import asymmetric_loss
+from asl_pallas.flax import MultilabelHead
 from phenotypes.data import PADDING
 from phenotypes.layout import LOGITS, Layout, in_sight
 from phenotypes.settings import Focus, Sizes
+from phenotypes.training import Labels
 
 
 class Classifier(nnx.Module):
@@ -24,7 +26,8 @@ class Classifier(nnx.Module):
         self.embedding = nnx.Embed(sizes.buckets, sizes.width, embedding_init=zeros, rngs=rngs)
         self.hidden = nnx.Linear(sizes.width, sizes.width, rngs=rngs)
         self.dropout = nnx.Dropout(sizes.dropout)
-        self.head = nnx.Linear(
+        head = MultilabelHead if sizes.fused_head else nnx.Linear
+        self.head = head(
             sizes.width,
             sizes.labels,
             kernel_init=nnx.initializers.normal(0.01),
@@ -32,14 +35,26 @@ class Classifier(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, ids: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Logits float32 (batch, labels); with a key some hidden units are left out, as in training."""
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Logits float32 (batch, labels)."""
+        return self.head(self.features(ids))
+
+    def features(self, ids: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """What the head gets (batch, width); with a key some hidden units are left out, as in training."""
         present = (ids != PADDING)[..., None]
         bag = jnp.sum(self.embedding(ids) * present, axis=-2)
         # Divided by the root: a mean would shrink a long name's vector, a sum would blow it up.
         bag /= jnp.sqrt(jnp.maximum(present.sum(axis=-2), 1))
         hidden = bag + nnx.gelu(self.hidden(bag))
-        return self.head(self.dropout(hidden, deterministic=dropout_key is None, rngs=dropout_key))
+        return self.dropout(hidden, deterministic=dropout_key is None, rngs=dropout_key)
+
+    def loss(self, ids: jax.Array, labels: Labels, dropout_key: jax.Array, **options: Any) -> jax.Array:
+        """Summed over the labels, averaged over the batch; the options are asymmetric_loss's."""
+        features = self.features(ids, dropout_key)
+        if isinstance(self.head, MultilabelHead):
+            # The total comes with its gradients in one pass over the labels, a mean of the diseases' losses in two.
+            return self.head.loss(features, labels, axis=None, **options) / len(ids)
+        return asymmetric_loss(self.head(features), labels, **options).mean()
 
 
 @nnx.jit(static_argnames=("focus", "layout"), donate_argnames=("model", "optimizer"))
@@ -47,7 +62,7 @@ def train_step(
     model: Classifier,
     optimizer: nnx.Optimizer,
     ids: jax.Array,
-    labels: jax.Array,
+    labels: Labels,
     dropout_key: jax.Array,
     focus: Focus,
     layout: Layout | None,
@@ -55,15 +70,10 @@ def train_step(
     """Updates model and optimizer in place and returns the loss: summed over the labels, averaged over the batch."""
 
     def batch_loss(model: Classifier) -> jax.Array:
-        losses = asymmetric_loss(
-            model(ids, dropout_key),
-            labels,
-            gamma_neg=focus.gamma_neg,
-            gamma_pos=focus.gamma_pos,
-            clip=focus.clip,
-            logits_spec=None if layout is None else LOGITS,
-        )
-        return losses.mean()
+        options: dict[str, Any] = {"gamma_neg": focus.gamma_neg, "gamma_pos": focus.gamma_pos, "clip": focus.clip}
+        if layout is not None:
+            options["logits_spec"] = LOGITS
+        return model.loss(ids, labels, dropout_key, **options)
 
     loss, gradients = nnx.value_and_grad(batch_loss)(model)
     optimizer.update(model, gradients)
@@ -103,8 +113,8 @@ class NNXTrainer:
     def state(self, state: Any) -> None:
         nnx.update((self.model, self.optimizer), state)
 
-    def step(self, ids: ArrayLike, labels: ArrayLike, dropout_key: jax.Array, focus: Focus) -> jax.Array:
-        batch = (jnp.asarray(ids), jnp.asarray(labels), dropout_key)
+    def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+        batch = (jnp.asarray(ids), jax.tree.map(jnp.asarray, labels), dropout_key)
         with in_sight(self.layout):
             return train_step(self.model, self.optimizer, *batch, focus, self.layout)
 

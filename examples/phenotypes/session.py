@@ -42,6 +42,7 @@ def run(options: argparse.Namespace, interruption: StopRequest) -> int:
         learning_rate=options.learning_rate,
         seed=options.seed,
         bias=settings.head_bias(options.head_bias, problem.counts, len(problem.split.train)),
+        labels=options.labels,
     )
 
     results = report.Results()
@@ -95,7 +96,7 @@ def load(options: argparse.Namespace, console: rich.console.Console) -> training
     split = groups.split(group)
     if options.batch_size > len(split.train):
         raise CannotRun(f"--batch-size {options.batch_size} is more than the {len(split.train)} training diseases")
-    sizes = settings.Sizes(labels=len(diseases.labels))
+    sizes = settings.Sizes(labels=len(diseases.labels), fused_head=options.head == "fused")
     positives = sum(map(len, diseases.positives)) / len(diseases)
     console.print(
         f"Human Phenotype Ontology {diseases.release}: {len(diseases):,} diseases, {sizes.labels:,} labels, "

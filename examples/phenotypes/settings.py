@@ -64,6 +64,7 @@ class Sizes:
       width: of the embedding and of the hidden layer.
       features: feature ids a disease, the rest padding; 48 holds 99.9 % of the diseases whole.
       dropout: share of hidden units left out in training.
+      fused_head: whether the head is trained without its logits. The parameters are the same.
     """
 
     labels: int
@@ -71,6 +72,7 @@ class Sizes:
     width: int = 256
     features: int = 48
     dropout: float = 0.4
+    fused_head: bool = False
 
 
 def head_bias(choice: str | float, counts: np.ndarray, diseases: int) -> np.ndarray:

@@ -14,6 +14,7 @@ import rich.console
 import rich.progress
 from jax.typing import ArrayLike
 
+from asl_pallas import PackedLabels, SparseLabels
 from phenotypes import data, metrics
 from phenotypes.groups import Split
 from phenotypes.interruption import StopRequest
@@ -27,6 +28,8 @@ WEIGHT_DECAY = 1e-2
 # too much once an epoch. The curves take these; the table at the end takes all.
 CURVE_DISEASES = 256
 
+Labels = ArrayLike | PackedLabels | SparseLabels
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -39,7 +42,22 @@ class Problem:
     counts: np.ndarray  # of each label among the training diseases
 
     def labels(self, indices: np.ndarray, columns: slice = slice(None)) -> np.ndarray:
+        """0/1 labels as int8 (diseases, labels), or some of the columns."""
         return data.label_matrix([self.diseases.positives[i] for i in indices], len(self.diseases.labels), columns)
+
+    def labels_as(self, form: str, indices: np.ndarray) -> Labels:
+        """The same as "dense", "packed" or "sparse" labels, in the same shape for whatever diseases train."""
+        if form == "dense":
+            return self.labels(indices)
+        positives = [self.diseases.positives[i] for i in indices]
+        if form == "packed":
+            return PackedLabels.from_ids(positives, self.sizes.labels)
+        return SparseLabels.from_ids(positives, self.sizes.labels, self.most_positives)
+
+    @functools.cached_property
+    def most_positives(self) -> int:
+        """Of a disease of the training split."""
+        return max(len(self.diseases.positives[i]) for i in self.split.train)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Plan:
     learning_rate: float
     seed: int
     bias: np.ndarray
+    labels: str = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +91,7 @@ class Trainer(Protocol):
 
     state: Any
 
-    def step(self, ids: ArrayLike, labels: ArrayLike, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
+    def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
 
     def logits(self, ids: ArrayLike) -> np.ndarray: ...
 
@@ -150,8 +169,8 @@ def optimizer(learning_rate: float, epochs: int, steps_per_epoch: int) -> optax.
 
 def batches(
     problem: Problem, plan: Plan, rng: np.random.Generator, layout: Layout | None = None
-) -> Iterator[tuple[ArrayLike, ArrayLike]]:
-    """One epoch: feature ids and int8 labels of shuffled full batches; the odd diseases at the end wait.
+) -> Iterator[tuple[ArrayLike, Labels]]:
+    """One epoch: feature ids and labels of shuffled full batches; the odd diseases at the end wait.
 
     On a mesh a process makes what its devices need of a batch. All draw the same numbers for the whole of it.
     """
@@ -162,7 +181,7 @@ def batches(
         kept = rng.random(ids.shape, np.float32) >= FEATURE_DROPOUT
         ids = np.where(kept, ids, data.PADDING)
         if layout is None:
-            yield ids, problem.labels(chosen)
+            yield ids, problem.labels_as(plan.labels, chosen)
         else:
             block = functools.partial(_label_block, problem, chosen)
             yield layout.ids(ids), layout.labels(len(chosen), problem.sizes.labels, block)

@@ -1,0 +1,1 @@
+"""The parts of the extreme-classification example; `examples/train_extreme.py` puts them together."""
