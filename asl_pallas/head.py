@@ -68,13 +68,14 @@ def linear_asymmetric_loss(
       precision: of the products, as in jax.lax.dot_general.
       features_spec, kernel_spec: how features and kernel lie on mesh axes that are Auto, where JAX can't see it.
         Explicit axes need none. The features are shared out along their leading dimensions, the kernel along its
-        classes and, as in fully sharded training, along d over axes that share out the examples as well.
+        classes and, as in fully sharded training, along d: that is gathered a chunk at a time.
       implementation: of the elementwise part, as in `asymmetric_loss`. The products are XLA's.
 
     Returns:
       The loss, float32, or float64 for float64 features. Products are of the features' dtype and add up in float32;
       logits are float32, and their gradient is rounded to the features' dtype before its products. Each gradient has
-      the dtype of what it belongs to; the features' adds up in float32. Reverse mode differentiates with respect to
+      the dtype of what it belongs to; the features' adds up in float32, over chunks and devices, and the others' over
+      devices in their own dtype. Reverse mode differentiates with respect to
       features, kernel, bias, float labels, weights and pos_weight, twice as well; but for the first three, and for all
       second derivatives, that is autodiff of the formula, chunk by chunk.
 

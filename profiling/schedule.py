@@ -163,5 +163,7 @@ def warp_instructions(kernel: targets.Resources, case: Case) -> float | None:
         return None
     rows, classes = case.shape
     tiling = triton_tiling(rows, classes)
+    if classes > tiling.chunk and classes % tiling.chunk:
+        return None  # a loop for chunks with an edge beside the one for those without
     chunks = math.ceil(rows / tiling.rows) * math.ceil(classes / tiling.chunk)
     return warps * (kernel.instructions - kernel.loop) + chunks * tiling.warps * kernel.loop
