@@ -213,8 +213,9 @@ def test_a_bad_flag_exits_with_2_and_says_what_is_allowed(arguments, message, ca
 
 def test_ctrl_c_while_training_ends_with_what_there_is():
     arguments = ["--labels", 3000, "--vocabulary", 1000, "--width", 16, "--batch", 32, "--held-out", 64]
+    arguments += ["--dtype", "bfloat16", "--steps", 1_000_000, "--evaluate-every", 5]
     process = subprocess.Popen(
-        [sys.executable, EXAMPLES / "train_extreme.py", *map(str, arguments), "--steps=1000000", "--evaluate-every=5"],
+        [sys.executable, "-W", "error::DeprecationWarning", EXAMPLES / "train_extreme.py", *map(str, arguments)],
         cwd=EXAMPLES.parent,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
         stdout=subprocess.PIPE,
