@@ -62,6 +62,9 @@ class MultilabelHead(nnx.Module):
         scores, ids = head.top_k(features, 5)                                          # to serve
         logits = head(features)                                                        # (..., classes), where needed
 
+    Where the kernel is large, evaluate under `jax.jit` with the module split by `nnx.split`: `nnx.jit` returns all of a
+    module's arrays, copies of those that did not change.
+
     In flax.linen the parameters are a Dense layer's, with the same names and shapes; `self.param` makes them and the
     functions take them:
 

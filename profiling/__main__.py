@@ -26,7 +26,7 @@ COMMANDS = {
     "pod": "how the loss scales over a TPU pod",
 }
 # These have no options.
-WHOLE = ("bounds", "head", "pod")
+WHOLE = ("bounds", "pod")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--quick", action="store_true", help="the main cases, fewer rounds, nothing slow to compile"
         )
-        command.add_argument("--only", action="append", metavar="CONTENDER", help="this contender; several: again")
-        if name != "parity":  # it has logits of its own
+        if name != "head":
+            command.add_argument("--only", action="append", metavar="CONTENDER", help="this contender; several: again")
+        if name not in ("parity", "head"):  # these have logits of their own, or none
             command.add_argument("--case", action="append", metavar="CASE", help="this case; several: again")
         command.add_argument(
             "--target", action="append", metavar="TARGET", help="local, v5e, v6e, tpu7x or h100; again"
@@ -115,7 +116,7 @@ def measured(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _names(options: argparse.Namespace) -> list[tuple[str, ...] | None]:
     """--only, --case and --target: each repeated, or with commas."""
     found: list[tuple[str, ...] | None] = []
-    for given in (options.only, getattr(options, "case", None), options.target):
+    for given in (getattr(options, "only", None), getattr(options, "case", None), options.target):
         found.append(None if given is None else tuple(name for part in given for name in part.split(",") if name))
     return found
 

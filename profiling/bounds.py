@@ -14,7 +14,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -119,19 +119,14 @@ def _bundles(case: cases.Case) -> float:
 
 
 def main() -> int:
-    parts: list[Callable[[], Iterator[Line]]] = [on_the_cpu]
-    parts += [functools.partial(compiled_for, target) for target in targets.TARGETS]
-    parts.append(schedule_on_v5e)
-    return show(f"Bounds: value and gradient, int8 labels, jax {jax.__version__}", parts)
-
-
-def show(title: str, parts: Iterable[Callable[[], Iterator[Line]]]) -> int:
-    """Measures, prints and says by the exit status whether all bounds hold."""
     console = Console(width=None if sys.stdout.isatty() else 170)
-    table = Table(title=title)
+    table = Table(title=f"Bounds: value and gradient, int8 labels, jax {jax.__version__}")
     for column, justify in (("where", "left"), ("what", "left"), ("figure", "right"), ("bound", "right"), ("", "left")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     broken = 0
+    parts: list[Callable[[], Iterator[Line]]] = [on_the_cpu]
+    parts += [functools.partial(compiled_for, target) for target in targets.TARGETS]
+    parts.append(schedule_on_v5e)
     for part in parts:
         try:
             lines = list(part())

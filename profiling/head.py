@@ -18,15 +18,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import head_chunk, tpu_tiling
-from profiling import targets
-from profiling.bounds import MIB, ROUNDS, Line, show
+from profiling import results, targets
+from profiling.bounds import MIB, ROUNDS, Line
+from profiling.cases import CPU, GPU, GRADIENT, SHORT, TPU
+from profiling.results import Row
+from profiling.session import Session, described, device_of, places_of
 from profiling.speed import Runner
 
 ROWS, DEPTH, CLASSES, IDS = 4096, 1024, 131_072, 16
@@ -66,12 +67,15 @@ def memory(target: str, most: dict[int, float]) -> Iterator[Line]:
     """Temporaries compiled for a chip; `most` has the bound by the number of classes."""
     targets.device(target)
     for classes, bound in most.items():
-        where = f"{target}, bf16 features {ROWS} x {DEPTH}, {classes:,} classes, {IDS} ids"
         compiled = targets.compile_for(target, STEPS["fused"], *shapes(classes, "ids"))
-        yield Line(where, "temporaries, fused", targets.temporary_bytes(compiled) / MIB, "MiB", bound)
+        yield Line(_name(classes), "temporaries, fused", targets.temporary_bytes(compiled) / MIB, "MiB", bound)
         if classes == CLASSES:
             compiled = targets.compile_for(target, STEPS["unfused"], *shapes(classes, "bytes"))
-            yield Line(where, "temporaries, unfused", targets.temporary_bytes(compiled) / MIB, "MiB")
+            yield Line(_name(classes), "temporaries, unfused", targets.temporary_bytes(compiled) / MIB, "MiB")
+
+
+def _name(classes: int) -> str:
+    return f"{ROWS}x{DEPTH}-bf16, {classes:,} classes, {IDS} ids"
 
 
 SCRIPT = """
@@ -83,7 +87,7 @@ targets.compile_for("v5e", head.STEPS[sys.argv[1]], *head.shapes(head.CLASSES, s
 
 def cycles_on_v5e() -> Iterator[Line]:
     """Bundles times turns of the fused step over those of its three products alone."""
-    where = f"v5e, bf16 features {ROWS} x {DEPTH}, {CLASSES:,} classes, {IDS} ids"
+    where = _name(CLASSES)
     text = targets.compile_for("v5e", STEPS["fused"], *shapes(CLASSES, "ids")).as_text()
     in_loop = set(re.findall(r"%([\w.]+) = [^\n]*/while/body/", text))
     chunk = head_chunk(ROWS, CLASSES)
@@ -127,39 +131,68 @@ def _cycles(schedule: targets.Schedule, chunk: int) -> float:
     return outside + turns * sum(schedule.by_depth[1:])
 
 
-def on_the_cpu() -> Iterator[Line]:
-    rows, depth, classes = ON_CPU
-    where = f"CPU, float32 features {rows} x {depth}, {classes:,} classes, int8 labels"
+def on_this_device(shape: tuple[int, int, int], dtype: str) -> Iterator[Line]:
+    """Times in turns; on an accelerator beside the three products, whose rate is the floor there."""
+    rows, depth, classes = shape
+    where = f"{rows}x{depth}-{SHORT[dtype]}, {classes:,} classes, int8"
     random = np.random.default_rng(0)
-    arrays = jax.device_put(
-        (
-            random.standard_normal((rows, depth), np.float32),
-            random.standard_normal((depth, classes), np.float32) / math.sqrt(depth),
-            (random.random((rows, classes), np.float32) < 1e-4).astype(np.int8),
-        )
-    )
-    compiled = {name: jax.jit(STEPS[name]).lower(*arrays).compile() for name in ("fused", "unfused")}
+    features = jnp.asarray(random.standard_normal((rows, depth), np.float32), dtype)
+    kernel = jnp.asarray(random.standard_normal((depth, classes), np.float32) / depth**0.5, dtype)
+    labels = jnp.asarray(random.random((rows, classes), np.float32) < 1e-4, jnp.int8)
+    operands = {"fused": labels, "unfused": labels}
+    if dtype != "float32":
+        operands["three_products"] = labels.astype(dtype)
+    compiled = {name: jax.jit(STEPS[name]).lower(features, kernel, third).compile() for name, third in operands.items()}
     runners = {
-        name: Runner(name, lambda run=run: jax.block_until_ready(run(*arrays)), None)  # type: ignore[misc]
-        for name, run in compiled.items()
+        name: Runner(name, lambda n=name: jax.block_until_ready(compiled[n](features, kernel, operands[n])), None)  # type: ignore[misc]
+        for name in compiled
     }
-    for _ in track(range(ROUNDS), "CPU, in turns", console=Console(stderr=True)):
+    for _ in range(ROUNDS):
         for runner in runners.values():
             runner.time()
     for name, runner in runners.items():
-        yield Line(where, f"time, {name}", 1e3 * statistics.median(runner.seconds), "ms")
-    ratios = [b / a for a, b in zip(runners["fused"].seconds, runners["unfused"].seconds, strict=True)]
-    yield Line(where, f"unfused over fused, median of {ROUNDS}", statistics.median(ratios), "x", 1, True)
+        yield Line(where, f"time, {name.replace('_', ' ')}", 1e3 * statistics.median(runner.seconds), "ms")
+    for name, least in (("unfused", 1.0), ("three_products", 0.75)):
+        if name in runners:
+            ratios = [b / a for a, b in zip(runners["fused"].seconds, runners[name].seconds, strict=True)]
+            what = f"{name.replace('_', ' ')} over fused, median of {ROUNDS}"
+            yield Line(where, what, statistics.median(ratios), "x", least, True)
     ours, theirs = (targets.temporary_bytes(compiled[name]) / MIB for name in ("fused", "unfused"))
     yield Line(where, "temporaries, fused", ours, "MiB", theirs / 20)
     yield Line(where, "temporaries, unfused", theirs, "MiB")
 
 
-def main() -> int:
-    parts: list[Callable[[], Iterator[Line]]] = [
-        on_the_cpu,
-        functools.partial(memory, "v5e", {CLASSES: 8, MANY_CLASSES: 64}),
-        cycles_on_v5e,
-        functools.partial(memory, "h100", {CLASSES: 128}),
-    ]
-    return show(f"The head without logits: value, gradients of features and kernel, jax {jax.__version__}", parts)
+PARTS: dict[str, tuple[Callable[[], Iterator[Line]], ...]] = {
+    CPU: (lambda: on_this_device(ON_CPU, "float32"),),
+    GPU: (lambda: on_this_device((ROWS, DEPTH, CLASSES), "bfloat16"),),
+    TPU: (lambda: on_this_device((ROWS, DEPTH, CLASSES), "bfloat16"),),
+    "v5e": (functools.partial(memory, "v5e", {CLASSES: 8, MANY_CLASSES: 64}), cycles_on_v5e),
+    "h100": (functools.partial(memory, "h100", {CLASSES: 128}),),
+}
+
+
+def measure(session: Session) -> None:
+    """Of the places asked for; a request for some cases or contenders of the loss is none for the head."""
+    if session.request.case is not None or session.request.only is not None:
+        return
+    with session.progress() as progress:
+        task = progress.add_task("head", total=len(PARTS))
+        for place in places_of(session.request, PARTS):
+            progress.update(task, description=f"head: {place}")
+            for part in PARTS[place]:
+                session.rows += _rows(device_of(place), part)
+            progress.advance(task)
+
+
+def _rows(device: str, part: Callable[[], Iterator[Line]]) -> list[Row]:
+    found = []
+    try:
+        for line in part():
+            figures = {"figure": line.figure, "unit": line.unit, "bound": line.bound, "at_least": line.at_least}
+            found.append(Row("head", device, line.where, line.what, GRADIENT, figures | {"holds": line.holds}))
+    except targets.MissingCompiler as reason:
+        return [Row("head", device, "", "", GRADIENT, status=results.MISSING, note=str(reason))]
+    except Exception as error:  # of any kind: the other places go on
+        failed = Row("head", device, "", "", GRADIENT, status=results.FAILED, note=described(error))
+        return [*found, failed]
+    return found

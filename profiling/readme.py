@@ -6,12 +6,13 @@ which files it has to agree with.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Iterable
 
 from profiling import contenders, local, results, tables, targets
-from profiling.cases import GRADIENT, ON_CHIP
+from profiling.cases import GRADIENT, IDS, ON_CHIP
 from profiling.results import Document
 
 README = local.ROOT / "README.md"
@@ -24,7 +25,7 @@ def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLD
 
     def table(match: re.Match[str]) -> str:
         kind, named, before = match.groups()
-        about = device if device is not None and named not in targets.TARGETS and kind != "chips" else named
+        about = device if device is not None and named not in (*targets.TARGETS, "compiled") else named
         body = TABLES[kind](about, folder)
         return f"<!-- profiling: {kind} {about} -->\n{body or before}{END}" if body else match.group(0)
 
@@ -131,13 +132,12 @@ def speed(device: str, folder: pathlib.Path) -> str:
 
 def chips(_: str, folder: pathlib.Path) -> str:
     """Memory and schedule of the chips that are compiled for."""
-    names = ("v5e", "v6e", "tpu7x", "h100")
-    planned = {name: results.load_or_empty(results.path_of(name, "memory", folder)) for name in names}
-    scheduled = {name: results.load_or_empty(results.path_of(name, "schedule", folder)) for name in names}
+    planned = {name: results.load_or_empty(results.path_of(name, "memory", folder)) for name in CHIPS}
+    scheduled = {name: results.load_or_empty(results.path_of(name, "schedule", folder)) for name in CHIPS}
     lines, used = [], []
     for contender in contenders.CONTENDERS:
         cells = []
-        for name in names:
+        for name in CHIPS:
             memory = planned[name].rows_of(ON_CHIP.name, GRADIENT).get(contender.name)
             schedule = scheduled[name].rows_of(ON_CHIP.name, GRADIENT).get(contender.name)
             figures = schedule.figures if schedule else {}
@@ -167,6 +167,64 @@ def chips(_: str, folder: pathlib.Path) -> str:
         "H100: registers",
     ]
     return _markdown(header, lines) + _source([*planned.values(), *scheduled.values()], used)
+
+
+CHIPS = ("v5e", "v6e", "tpu7x", "h100")
+
+
+def labels(_: str, folder: pathlib.Path) -> str:
+    """What the forms of labels cost our kernels on the chips that are compiled for."""
+    documents = {
+        (name, kind): results.load_or_empty(results.path_of(name, kind, folder))
+        for name in CHIPS
+        for kind in ("memory", "schedule")
+    }
+    lines, used = [], []
+    for form, what in (("int8", "a byte a label"), ("packed", "a bit"), ("sparse", f"{IDS} ids a row")):
+        case = dataclasses.replace(ON_CHIP, labels=form).name
+        cells = []
+        for name in CHIPS:
+            ours = contenders.default(name).name
+            memory, schedule = (
+                documents[name, kind].rows_of(case, GRADIENT).get(ours) for kind in ("memory", "schedule")
+            )
+            if name != "h100":
+                cells.append(tables.number(schedule.figures["bundles_per_1024"] if schedule else None))
+            if name in ("v5e", "h100"):
+                sizes = (tables.mib(memory.figures if memory else {}, k) for k in ("traffic", "temporaries"))
+                cells.append("{} ({})".format(*sizes) if memory else "-")
+            used += [row.run for row in (memory, schedule) if row]
+        if any(cell != "-" for cell in cells):
+            lines.append([what, *cells])
+    header = [
+        ON_CHIP.name.removesuffix("-int8"),
+        "v5e: bundles per 1024",
+        "v5e: traffic (temporaries), MiB",
+        "v6e: bundles",
+        "tpu7x: bundles",
+        "H100: traffic (temporaries), MiB",
+    ]
+    return _markdown(header, lines) + _source(documents.values(), used) if lines else ""
+
+
+def head(device: str, folder: pathlib.Path) -> str:
+    """The head without logits, on the machine at hand and on the chips."""
+    documents = {name: results.load_or_empty(results.path_of(name, "head", folder)) for name in (device, *CHIPS)}
+    lines = [
+        [
+            name,
+            row.case,
+            row.contender,
+            f"{row.figures['figure']:,.2f} {row.figures['unit']}",
+            tables.bound(row.figures),
+        ]
+        for name, document in documents.items()
+        for row in document.rows
+        if row.measured
+    ]
+    used = [row.run for document in documents.values() for row in document.rows if row.measured]
+    header = ["", "features, classes, labels", "", "figure", "bound"]
+    return _markdown(header, lines) + _source(documents.values(), used) if lines else ""
 
 
 def parity(device: str, folder: pathlib.Path) -> str:
@@ -202,4 +260,10 @@ def parity(device: str, folder: pathlib.Path) -> str:
     return _markdown(header, lines) + _source([document], [row.run for row in rows])
 
 
-TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {"speed": speed, "chips": chips, "parity": parity}
+TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {
+    "speed": speed,
+    "chips": chips,
+    "labels": labels,
+    "head": head,
+    "parity": parity,
+}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from profiling import local, memory, parity, plots, readme, results, schedule, speed
+from profiling import head, local, memory, parity, plots, readme, results, schedule, speed
 from profiling.results import Run
 from profiling.session import Session
 
@@ -17,6 +17,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "speed": speed.measure,
     "memory": memory.measure,
     "schedule": schedule.measure,
+    "head": head.measure,
 }
 
 

@@ -23,8 +23,8 @@ from profiling.cases import GRADIENT, ON_CHIP, ON_CPU, Case
 
 SCHEMA = 1
 FOLDER = pathlib.Path(__file__).resolve().parent / "results"
-KINDS = ("memory", "speed", "growth", "schedule", "parity")
-TIMED = ("speed", "growth")
+KINDS = ("memory", "speed", "growth", "schedule", "parity", "head")
+TIMED = ("speed", "growth", "head")
 # What became of a row. Only a failed one is an error.
 MEASURED, FAILED, MISSING, UNSERVED, LEFT_OUT = "measured", "failed", "missing", "unserved", "left out"
 STATUSES = (MEASURED, FAILED, MISSING, UNSERVED, LEFT_OUT)

@@ -51,6 +51,10 @@ def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def bound(figures: dict[str, Any]) -> str:
+    return "-" if figures["bound"] is None else f"{'>=' if figures['at_least'] else '<='} {figures['bound']:g}"
+
+
 def _compared(what: str) -> list[tuple[str, Cell]]:
     return [
         (f"{what}: abs", lambda f: error(f.get(f"{what}_abs")) if f"{what}_abs" in f else "-"),
@@ -98,6 +102,11 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("widest load, bytes", lambda f: str(f["widest_load"])),
         ("PTX instructions", lambda f: str(f["instructions"])),
         ("issued per 1024 elements, by warps", lambda f: number(f["instructions_per_1024"], ",.0f")),
+    ],
+    "head": [
+        ("figure", lambda f: f"{f['figure']:.2f} {f['unit']}"),
+        ("bound", lambda f: bound(f)),
+        ("", lambda f: "-" if f["bound"] is None else "holds" if f["holds"] else "[red]broken"),
     ],
     "parity": [*_compared("loss"), *_compared("gradient"), ("", lambda f: "holds" if f["holds"] else "[red]broken")],
 }

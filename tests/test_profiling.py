@@ -23,6 +23,7 @@ from profiling import (
     __main__,
     cases,
     contenders,
+    head,
     local,
     memory,
     parity,
@@ -33,6 +34,7 @@ from profiling import (
     schedule,
     session,
     speed,
+    tables,
     targets,
     torch_peers,
 )
@@ -197,6 +199,32 @@ def test_a_smaller_run_replaces_its_own_rows_and_leaves_the_others_with_their_ru
     assert (rows["a"].figures["peak"], rows["a"].run) == (3, second.key)
     assert (rows["b"].figures["peak"], rows["b"].run) == (None, first.key)
     assert document.runs == {first.key: first, second.key: second}
+
+
+def test_the_head_is_measured_beside_the_one_with_logits(monkeypatch, tmp_path):
+    monkeypatch.setattr(head, "ON_CPU", (4, 8, 300))
+    monkeypatch.setattr(head, "ROUNDS", 2)
+    here = Session(Request("cpu", target=("local",)))
+    head.measure(here)
+    found = {row.contender: row.figures for row in here.rows}
+    assert all(row.kind == "head" and row.device == local.slug() for row in here.rows)
+    assert {"time, fused", "time, unfused", "temporaries, fused", "temporaries, unfused"} <= set(found)
+    assert found["time, fused"]["figure"] > 0 and found["temporaries, unfused"]["figure"] > 0
+    run = results.this_run(["head"])
+    results.save(here.rows, run, tmp_path)
+    assert "time, unfused" in readme.head(local.slug(), tmp_path)
+    assert "temporaries, fused" in tables.as_text(tables.of(here.rows))
+
+    def crashes() -> Any:
+        raise RuntimeError("of no use")
+
+    monkeypatch.setitem(head.PARTS, cases.CPU, (crashes,))
+    broken = Session(Request("cpu", target=("local",)))
+    head.measure(broken)
+    assert broken.failed and [row.note for row in broken.rows] == ["RuntimeError: of no use"]
+    cut_down = Session(Request("cpu", only=("optax-bce",), target=("local",)))
+    head.measure(cut_down)
+    assert not cut_down.rows
 
 
 @pytest.mark.parametrize("kind", results.TIMED)
