@@ -425,4 +425,4 @@ def test_a_full_disk_ends_the_script_with_one_sentence(tmp_path):
         assert process.returncode == 1
         last = max(int(path.name) for path in disk.iterdir() if path.name.isdecimal())
         sentence = rf"the checkpoint {disk}/{last + 1} can't be written \({disk}/{last} is the last good one\)"
-        assert re.fullmatch(rf"train_phenotypes.py: {sentence}: No space left on device\n", errors)
+        assert re.fullmatch(rf"train_phenotypes.py: {sentence}: No space left on device\n", errors), errors

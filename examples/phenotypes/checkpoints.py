@@ -22,6 +22,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -190,7 +191,9 @@ class Store:
             # Orbax's unfinished coroutines complain when they are collected: here, where they aren't heard.
             gc.collect()
         # Other writes of the same checkpoint may still be under way, and fail as unheard as this one.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+        for logger in _loggers():
+            logger.setLevel(logging.CRITICAL + 1)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise CheckpointError(f"{failure}: {reason}")
 
 
@@ -267,19 +270,26 @@ def _text_checksum(session: dict[str, Any]) -> int:
 
 def _reason(error: BaseException) -> str:
     """What went wrong in a few words; TensorStore's messages run to pages, with the system's error at the end."""
+    within: BaseException | None = error
+    while within is not None:
+        if isinstance(within, OSError) and within.strerror:
+            return within.strerror
+        if code := re.search(r"os_error_code='(\d+)'", str(within)):
+            return os.strerror(int(code[1]))
+        within = within.__cause__ or within.__context__
     while error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+
+
+def _loggers() -> list[logging.Logger]:
+    return [logging.getLogger(name) for name in ("absl", "asyncio")]
 
 
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
     """Without the tracebacks that Orbax logs beside the exception that it raises."""
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    loggers = _loggers()
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL + 1)
