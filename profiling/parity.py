@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asl_pallas import asymmetric_loss, kernels
+from asl_pallas.kernels.tile import Operands
 from profiling import results
 from profiling.cases import CPU, GPU, TPU
 from profiling.results import Row
@@ -112,11 +113,9 @@ def _of_implementation(name: str, dtype: str, settings: tuple[Any, ...], interpr
         with kernels.interpret_mode() if interpreted else contextlib.nullcontext():
             return asymmetric_loss(logits, labels, implementation=name, **options)
 
-    if name != "xla":
-        loads = kernels.LOADS[name]
-        if dtype not in loads:
-            reason = f"{name} loads no {dtype}; jnp serves it there"
-            return [Row("parity", _device(), dtype, name, region, {}, results.UNSERVED, reason) for region in REGIONS]
+    shapes = Operands(jax.ShapeDtypeStruct((1, COLUMNS), dtype), jax.ShapeDtypeStruct((1, COLUMNS), jnp.int8))
+    if reason := kernels.refusal(name, shapes):
+        return [Row("parity", _device(), dtype, name, region, {}, results.UNSERVED, reason) for region in REGIONS]
     note = "in Pallas's interpreter" if interpreted else ""
     return [dataclasses.replace(row, note=row.note or note) for row in _of_dtype(loss, name, dtype, settings)]
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_compiled import available
 
-from asl_pallas import asymmetric_loss, formula
+from asl_pallas import asymmetric_loss, formula, kernels
 from profiling import (
     __main__,
     cases,
@@ -75,6 +75,13 @@ def test_every_contender_computes_the_loss_that_it_says():
             assert slope.shape == case.shape and bool(jnp.isfinite(slope).all())
     assert len(totals[contenders.ASL]) == 4 and len(totals) == 3
     np.testing.assert_allclose(totals[contenders.ASL], totals[contenders.ASL][0], rtol=1e-5)
+
+
+def test_parity_says_why_a_kernel_does_not_serve_and_does_not_call_it_broken(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "refusal", lambda *_: "it is for newer chips")
+    assert __main__.main(["parity", "--quick", "--json", "--only", "ours-mosaic_gpu"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {(row["status"], row["note"]) for row in rows} == {(results.UNSERVED, "it is for newer chips")}
 
 
 def test_parity_passes_on_the_tree_and_fails_once_a_line_of_the_formula_is_wrong(monkeypatch, capsys):
