@@ -113,8 +113,9 @@ def _of_implementation(name: str, dtype: str, settings: tuple[Any, ...], interpr
         with kernels.interpret_mode() if interpreted else contextlib.nullcontext():
             return asymmetric_loss(logits, labels, implementation=name, **options)
 
-    shapes = Operands(jax.ShapeDtypeStruct((1, COLUMNS), dtype), jax.ShapeDtypeStruct((1, COLUMNS), jnp.int8))
-    if reason := kernels.refusal(name, shapes):
+    logits: Any = jax.ShapeDtypeStruct((1, COLUMNS), dtype)
+    labels: Any = jax.ShapeDtypeStruct((1, COLUMNS), jnp.int8)
+    if reason := kernels.refusal(name, Operands(logits, labels)):
         return [Row("parity", _device(), dtype, name, region, {}, results.UNSERVED, reason) for region in REGIONS]
     note = "in Pallas's interpreter" if interpreted else ""
     return [dataclasses.replace(row, note=row.note or note) for row in _of_dtype(loss, name, dtype, settings)]

@@ -92,11 +92,9 @@ def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[f
     None for a kernel of XLA's with loops inside its grid, whose turns nothing tells: copies from one layout to another.
     And how many elements our kernel's innermost loop takes at a time, 0 for XLA's.
     """
-    trips = [1.0, float(math.prod(schedule.grid))]
-    if len(schedule.by_depth) <= 2:
-        return tuple(trips[: len(schedule.by_depth)]), 0
+    grid = float(math.prod(schedule.grid))
     if "asl_pallas" not in schedule.name:
-        return None, 0
+        return ((1.0, grid)[: len(schedule.by_depth)], 0) if len(schedule.by_depth) <= 2 else (None, 0)
     tiling = _tiling(case, mode)
     rows, classes = case.shape
     groups = math.ceil(rows / tiling.group)
@@ -105,7 +103,9 @@ def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[f
         # The last chunk, which isn't whole, is done in a loop over the groups of its own, in the last block of classes
         # alone. Beside it the bundles around the chunks of the other blocks, of the same depth, are a percent.
         blocks = 1
-    return (*trips, groups * blocks, groups * (classes // tiling.chunk)), tiling.group * tiling.chunk
+    # A grid of one block is no loop.
+    trips = (1.0, *((grid,) if grid > 1 else ()), float(groups * blocks), float(groups * (classes // tiling.chunk)))
+    return trips[: len(schedule.by_depth)], tiling.group * tiling.chunk
 
 
 def _tiling(case: Case, mode: str) -> TpuTiling:

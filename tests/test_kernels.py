@@ -14,7 +14,7 @@ from cases import GAMMAS_AND_CLIP, optimising
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
 from asl_pallas.formula import TRACED, AsymmetricLoss
-from asl_pallas.kernels import mosaic_tpu, triton, xla
+from asl_pallas.kernels import mosaic_tpu, tiling, triton, xla
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Task
@@ -26,7 +26,8 @@ X, Y = jnp.ones((5, 150)), jnp.ones((5, 150), jnp.int8)
 
 def lowered_for(platform: str, **options: Any) -> str:
     f = jax.jit(jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, **options).sum()))
-    return f.trace(X, Y).lower(lowering_platforms=(platform,)).as_text()
+    shapes = (jax.ShapeDtypeStruct((256, 150), dtype) for dtype in (jnp.float32, jnp.int8))
+    return f.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_the_platform_of_the_lowering_chooses_not_the_platform_of_the_process():
@@ -108,7 +109,9 @@ TASK = Task(AsymmetricLoss(), "rows", True)
 def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, dtypes):
     x, y = (jax.ShapeDtypeStruct(shape, jnp.dtype(d)) for d in dtypes)
     tpu = tpu_tiling(TASK, Operands(x, y))
-    assert tpu.rows % LANES == tpu.classes % tpu.chunk == tpu.chunk % LANES == tpu.rows % tpu.group == 0
+    assert tpu.rows % LANES == tpu.classes % tpu.chunk == tpu.rows % tpu.group == 0
+    assert tpu.chunk % LANES == tpu.group % 32 == 0 or (tpu.turned and tpu.chunk % 8 == tpu.group % LANES == 0)
+    assert not tpu.turned or tpu.classes == tpu.chunk or tpu.chunk % 32 == 0
     in_flight = 2 * tpu.rows * tpu.classes * (2 * x.dtype.itemsize + y.dtype.itemsize)
     assert in_flight <= max(8 * 2**20, 2 * LANES * tpu.classes * 12)
     assert tpu.rows < shape[0] + max(LANES, tpu.group) and tpu.classes < shape[1] + tpu.chunk
@@ -119,6 +122,31 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
     assert (-(-shape[1] // gpu.span) - 1) * gpu.span < shape[1]
     cpu = cpu_tiling(*shape)
     assert cpu.rows * cpu.classes <= 64 * 1024 and cpu.rows <= shape[0] and cpu.classes <= shape[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 20), (257, 129), (130, 9605), (2100, 300)])
+@pytest.mark.parametrize("value", ["rows", "elements", None])
+def test_rows_along_the_lanes_are_the_same_problem(shape, value, monkeypatch):
+    """Every operand, on shapes whose last blocks, groups and chunks aren't whole; laid out both ways, against jnp."""
+    rows, classes = shape
+    random = np.random.default_rng(0)
+    logits = jnp.asarray(random.normal(0, 4, shape), jnp.float32)
+    labels = jnp.asarray(random.integers(-1, 2, shape), jnp.int8)
+    per_row, per_class, each = (jnp.asarray(random.random(s), jnp.float32) for s in ((rows, 1), (1, classes), shape))
+    operands = Operands(
+        logits, labels, each > 0.1, per_row, per_class, each if value == "elements" else per_row, jnp.array([3.0])
+    )
+    task = Task(AsymmetricLoss(TRACED, 1.0, 0.05), value, True, ignore_label=-1)
+    expected = xla.run(task, operands)
+    for turned in (True, False):
+        monkeypatch.setattr(tiling, "tpu_turned", lambda *_, turned=turned: turned)
+        assert tpu_tiling(task, operands).turned == turned
+        with kernels.interpret_mode():
+            found = mosaic_tpu.run(task, operands, interpret=True)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("classes", [80, 600, 2000, 4097, 9605])
@@ -133,7 +161,8 @@ def test_a_block_has_whole_chunks_however_much_an_element_takes(classes, value):
         ("sparse", jax.ShapeDtypeStruct((300, 17), "int32")),
     ):
         tpu = tpu_tiling(dataclasses.replace(TASK, value=value, labels=form), Operands(x, labels, m, w, cotangent=x))
-        assert 0 < tpu.classes <= 4096 and tpu.classes % tpu.chunk == tpu.chunk % LANES == 0
+        assert 0 < tpu.classes <= 4096 and tpu.classes % tpu.chunk == tpu.chunk % (8 if tpu.turned else LANES) == 0
+        assert form == "dense" or not tpu.turned
         assert form == "dense" or tpu.classes >= classes or 4096 % tpu.classes == 0
 
 

@@ -16,7 +16,7 @@ from jax import Array
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
-from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, TPU_MOST_IDS
+from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for.
@@ -104,7 +104,7 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
         kernels = {
             PLATFORMS[name]: functools.partial(_kernel, name, task)
             for name in CHOSEN
-            if refusal(name, operands, task.labels) is None
+            if refusal(name, operands, task.labels) is None and _pays(name, task, operands)
         }
         return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
     kernel = functools.partial(_kernel, implementation, task)
@@ -113,6 +113,12 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
     return by_platform(
         operands, plain, **{PLATFORMS[implementation]: kernel}, default=functools.partial(_refuse, implementation)
     )
+
+
+def _pays(implementation: str, task: Task, operands: Operands) -> bool:
+    """Whether the kernel is faster than what XLA makes of the formula, as far as the compilers' schedules tell."""
+    rows, classes = operands.logits.shape
+    return implementation != "mosaic_tpu" or tpu_pays(rows, classes, task.labels)
 
 
 def _matrices(operands: Operands) -> Operands:

@@ -3,6 +3,9 @@
 The grid walks blocks of rows by blocks of classes. Inside a block two loops walk groups of rows and chunks of classes,
 a few vector registers at a time, so that a chunk's intermediates stay in registers. A row's partial sums stay on the
 chip, lane by lane, until its last block of classes; then they leave as one lane-major vector a block of rows.
+
+Where XLA lays the rows along the lanes, which it does unless the classes fill them, the arrays come turned: blocks and
+tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, and nothing is copied to be read.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
-from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
+from asl_pallas.kernels.tiling import LANES, SUBLANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
 
 
@@ -30,8 +33,15 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     grid = (pl.cdiv(rows, tiling.rows), pl.cdiv(classes, tiling.classes))
     # A vector over rows lies along the lanes: as (rows, 1) it would fill 128 lanes a row in memory.
     padded_rows = grid[0] * tiling.rows
-    block = pl.BlockSpec((tiling.rows, tiling.classes), lambda i, j: (i, j))
-    by_class = pl.BlockSpec((1, tiling.classes), lambda i, j: (jnp.int32(0), j))
+    turned = tiling.turned
+    if turned:
+        shape, extent = (classes, rows), (tiling.classes, tiling.rows)
+        block = pl.BlockSpec(extent, lambda i, j: (j, i))
+        by_class = pl.BlockSpec((tiling.classes, 1), lambda i, j: (j, jnp.int32(0)))
+    else:
+        shape, extent = (rows, classes), (tiling.rows, tiling.classes)
+        block = pl.BlockSpec(extent, lambda i, j: (i, j))
+        by_class = pl.BlockSpec((1, tiling.classes), lambda i, j: (jnp.int32(0), j))
     by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (jnp.int32(0), i))
 
     inputs: dict[str, tuple[Array, pl.BlockSpec]] = {}
@@ -45,31 +55,34 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             scratch.update(scratch_words)
             converted.append(False)
             continue
-        fused = operand.shape == (rows, classes) and operand.dtype.name in TPU_CONVERTED
+        whole = operand.shape == (rows, classes)
+        fused = whole and operand.dtype.name in TPU_CONVERTED
+        array = operand.T if turned and name != "scalars" else operand
         if name == "scalars":
             # Two dimensions, so that vmap's third leaves a block of whole last dimensions.
             inputs[name] = operand[None], pl.BlockSpec(memory_space=pltpu.SMEM)
         elif fused:
-            inputs[name] = operand.astype(TPU_CONVERTED[operand.dtype.name]), block
-            scratch[name] = pltpu.VMEM((tiling.rows, tiling.classes), inputs[name][0].dtype)
-        elif operand.shape == (rows, classes):
-            inputs[name] = operand, block
+            inputs[name] = array.astype(TPU_CONVERTED[operand.dtype.name]), block
+            scratch[name] = pltpu.VMEM(extent, inputs[name][0].dtype)
+        elif whole:
+            inputs[name] = array, block
         elif operand.shape == (rows, 1):
             vector = operand.astype(jnp.float32).reshape(1, rows)
             inputs[name] = jnp.pad(vector, ((0, 0), (0, padded_rows - rows))), by_row
-            scratch[name] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
+            if not turned:
+                scratch[name] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
         else:
-            inputs[name] = operand.astype(jnp.float32), by_class
+            inputs[name] = array.astype(jnp.float32), by_class
         converted.append(fused)
 
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
     if task.value == "rows":
         outputs["value"] = result_like(operands.logits, (1, padded_rows), jnp.float32), by_row
-        scratch["sums"] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
+        scratch["sums"] = pltpu.VMEM((SUBLANES, tiling.rows) if turned else (tiling.rows, LANES), jnp.float32)
     elif task.value == "elements":
-        outputs["value"] = result_like(operands.logits, (rows, classes), jnp.float32), block
+        outputs["value"] = result_like(operands.logits, shape, jnp.float32), block
     if task.gradient:
-        outputs["gradient"] = result_like(operands.logits, (rows, classes), operands.logits.dtype), block
+        outputs["gradient"] = result_like(operands.logits, shape, operands.logits.dtype), block
 
     kernel = functools.partial(
         _kernel,
@@ -104,8 +117,11 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         name="asl_pallas_" + "_and_".join(outputs),
     )(*arrays)
     result = dict(zip(outputs, found, strict=True))
-    if task.value == "rows":
-        result["value"] = result["value"][0, :rows]
+    for name in result:
+        if name == "value" and task.value == "rows":
+            result[name] = result[name][0, :rows]
+        elif turned:
+            result[name] = result[name].T
     return Result(result.get("value"), result.get("gradient"))
 
 
@@ -151,7 +167,8 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
     outputs = dict(zip(output_names, refs[len(names) :], strict=False))
     scratch = dict(zip(scratch_names, refs[len(names) + len(outputs) :], strict=True))
     rows, classes = shape
-    group, chunk = tiling.group, tiling.chunk
+    group, chunk, turned = tiling.group, tiling.chunk, tiling.turned
+    room = (SUBLANES, group) if turned else (group, LANES)  # of a group's sums
     i, j = pl.program_id(0), pl.program_id(1)
     groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
     if "scalars" in inputs:
@@ -188,16 +205,26 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
                 else:  # lanes to rows: every lane of a row gets the row's number
                     ref[...] = jnp.broadcast_to(inputs[name][...], (LANES, tiling.rows)).T
 
-    def load(name: str, at_rows, at_classes) -> Array:
+    def place(g, c) -> tuple[Any, Any]:
+        """Group g and chunk c of the block, in the order of its dimensions."""
+        at_rows = pl.ds(pl.multiple_of(g * group, group), group)
+        at_classes = slice(None) if chunk == tiling.classes else pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
+        return (at_classes, at_rows) if turned else (at_rows, at_classes)
+
+    def load(name: str, at: tuple[Any, Any]) -> Array:
         if name in scratch:
-            return jnp.tile(scratch[name][at_rows, :], (1, chunk // LANES))
+            return jnp.tile(scratch[name][at[0], :], (1, chunk // LANES))
         ref = inputs[name]
-        return ref[at_rows if ref.shape[0] > 1 else slice(None), at_classes]
+        return ref[tuple(part if n > 1 else slice(None) for part, n in zip(at, ref.shape, strict=True))]
+
+    def partial_sums(g) -> tuple[Any, Any]:
+        at_rows, everything = pl.ds(pl.multiple_of(g * group, group), group), slice(None)
+        return (everything, at_rows) if turned else (at_rows, everything)
 
     def evaluate(g, c, sums: Array | None, valid: Array | None) -> Array | None:
         """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
-        at = pl.ds(pl.multiple_of(g * group, group), group), pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-        tile = {name: load(name, *at) for name in inputs if name != "labels" or task.labels == "dense"}
+        at = place(g, c)
+        tile = {name: load(name, at) for name in inputs if name != "labels" or task.labels == "dense"}
         if task.labels != "dense":
             blocks = chunk // LANES
             tile["labels"] = unpack_tile(inputs["labels"][at[0], :], first_bit + c * blocks, blocks)
@@ -208,16 +235,19 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
             outputs["value"][at] = value
         if sums is None:
             return None
+        if turned:
+            return sum((value[k : k + SUBLANES] for k in range(0, chunk, SUBLANES)), start=sums)
         return sum((value[:, k : k + LANES] for k in range(0, chunk, LANES)), start=sums)
 
     def walk(chunks_of_group):
         """Every group of the block that has rows."""
 
         def one(g, _):
-            zero = jnp.zeros((group, LANES), jnp.float32) if "sums" in scratch else None
-            sums = chunks_of_group(g, zero)
-            if sums is not None:
-                scratch["sums"][pl.ds(pl.multiple_of(g * group, group), group), :] += sums
+            if "sums" not in scratch:
+                chunks_of_group(g, None)
+            else:
+                of_group = partial_sums(g)
+                scratch["sums"][of_group] += chunks_of_group(g, jnp.zeros(room, jnp.float32))
 
         lax.fori_loop(jnp.int32(0), groups, one, None)
 
@@ -229,11 +259,13 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
 
         @pl.when(at_the_end)
         def _edge():
-            valid = lax.broadcasted_iota(jnp.int32, (group, chunk), 1) < classes % chunk
+            tile = (chunk, group) if turned else (group, chunk)
+            valid = lax.broadcasted_iota(jnp.int32, tile, 0 if turned else 1) < classes % chunk
             walk(lambda g, zero: evaluate(g, whole, zero, valid))
 
     if "sums" in scratch:
 
         @pl.when(at_the_end)
         def _finish():
-            outputs["value"][...] = jnp.sum(scratch["sums"][...].T, axis=0, keepdims=True)
+            sums = scratch["sums"][...]
+            outputs["value"][...] = jnp.sum(sums if turned else sums.T, axis=0, keepdims=True)

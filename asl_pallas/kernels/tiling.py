@@ -3,8 +3,9 @@
 Measured figures behind the constants. TPU v5e, bf16 logits and int8 labels, bundles per 1024 elements in the innermost
 loop: value and gradient 15.8, 13.1, 12.0 and 11.5 with chunks of 256, 512, 1024 and 2048 classes by 32 rows; the value
 alone 10.3, 9.1 and 9.6 with 256, 512 and 1024. With 80 classes, value and gradient take 19 in groups of 32 rows and
-12.6 in groups of 256; with 600, 20.5 in chunks of 128 and 16.6 in one of 640. CPU, float32 1024 x 8192, the value:
-blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
+12.6 in groups of 256; with 600, 20.5 in chunks of 128 and 16.6 in one of 640. With the rows along the lanes 11.5 for
+any shape of a tile of 64 K elements. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements
+take 7.5, 5.3, 4.8 and 5.4 ms.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from asl_pallas.kernels.tile import Operands, Task, compute_dtype
+from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
 
 LANES = 128
+SUBLANES = 8
 
 # What the TPU's vector unit has no registers for, and what XLA makes of it while the block is on its way in: by itself
 # Pallas would write a copy of a bool array in 32 bits.
@@ -30,6 +32,16 @@ _TPU_WHOLE_ROW = 1024
 # Chunks of classes, the first that fits best. A gradient's chain of dependent operations is long and wants many
 # registers in flight to hide it; a value's is short, and with more than 512 its masks leave their registers.
 _TPU_CHUNKS = {True: (2048, 1024, 512, 256, 128), False: (512, 256, 128)}
+# With the rows along the lanes: the elements of a tile, its classes, and the rows of a block, which are one piece of
+# memory for 8 classes.
+_TPU_TILE = {True: 64 * 1024, False: 16 * 1024}
+_TPU_TURNED_CHUNKS = (128, 64, 32)
+_TPU_TURNED_ROWS = 2048
+# Below that, XLA's loop takes fewer bundles than the kernel with its two outer loops: 94 for 201 with 8 x 20 on v5e,
+# 198 for 241 with 64 x 80 on v6e, 218 for 356 with 16 x 600; with 32 x 600 it is 363 for 353.
+_TPU_LEAST_ELEMENTS = 16 * 1024
+# Of a group of 32 rows; half of them empty, it takes as long as XLA's loop.
+_TPU_LEAST_ROWS = 17
 # Ids that are compared at a time: the rows of a register.
 TPU_IDS = 8
 # With more of them in a row, 128 rows' would take more than 2 MiB of VMEM.
@@ -66,23 +78,48 @@ class TpuTiling:
     classes: int
     group: int
     chunk: int
+    turned: bool = False  # rows along the lanes, classes along the sublanes
+
+
+def tpu_pays(rows: int, classes: int, labels: Form) -> bool:
+    """Whether the kernel is worth its start: XLA's loop is faster on a few registers, or where most rows are empty.
+
+    Not with labels that the kernel alone decodes in registers, unless there are few.
+    """
+    filled = rows >= _TPU_LEAST_ROWS or tpu_turned(rows, classes) or labels != "dense"
+    return filled and rows * classes >= _TPU_LEAST_ELEMENTS
+
+
+def tpu_turned(rows: int, classes: int) -> bool:
+    """Whether XLA itself would lay the rows along the lanes, since that fills fewer registers; it keeps to this rule.
+
+    An array that is laid out the other way is copied, there and back, before a kernel reads it.
+    """
+    return _padded(classes, rows) < _padded(rows, classes)
+
+
+def _padded(sublanes: int, lanes: int) -> int:
+    return _round_up(sublanes, SUBLANES) * _round_up(lanes, LANES)
 
 
 def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     rows, classes = operands.logits.shape
-    chunks = _TPU_CHUNKS[task.gradient]
-    element_bytes = operands.logits.dtype.itemsize if task.gradient else 0
     full = [
         operand
         for name, operand in operands.arrays().items()
         if operand.shape == (rows, classes) and (name != "labels" or task.labels == "dense")
     ]
-    element_bytes += sum(operand.dtype.itemsize for operand in full)
+    element_bytes = sum(operand.dtype.itemsize for operand in full)
+    if task.gradient:
+        element_bytes += operands.logits.dtype.itemsize
     # What XLA converts on the way in passes through buffers of XLA's and a scratch. Where they don't fit it writes a
     # converted array to memory instead: with 6 MiB of blocks it did on v5e, with 3 MiB it didn't.
     element_bytes += 5 * sum(operand.dtype.name in TPU_CONVERTED for operand in full)
     if task.value == "elements":
         element_bytes += compute_dtype(operands.logits.dtype).itemsize
+    if task.labels == "dense" and tpu_turned(rows, classes):
+        return _tpu_turned_tiling(rows, classes, task.gradient, _TPU_BLOCK_BYTES // (2 * element_bytes))
+    chunks = _TPU_CHUNKS[task.gradient]
     most = _TPU_BLOCK_BYTES // (2 * element_bytes * LANES)  # classes of a block that has few rows
     group = _TPU_GROUP
     chunk = _round_up(classes, LANES)
@@ -105,6 +142,21 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         row_bytes += 2 * tpu_ids(operands.labels.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
     block_rows = max(_TPU_BLOCK_BYTES // row_bytes // least * least, least)
     return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk)
+
+
+def _tpu_turned_tiling(rows: int, classes: int, gradient: bool, most: int) -> TpuTiling:
+    """Blocks of at most `most` elements, or of one tile."""
+    tile = min(_TPU_TILE[gradient], most)
+    chunk = _round_up(classes, SUBLANES)
+    if chunk > _TPU_TURNED_CHUNKS[0]:
+        chunk = min(_TPU_TURNED_CHUNKS, key=lambda c: (_round_up(classes, c), -c))
+    group = LANES
+    while group < rows and 2 * group * chunk <= tile:
+        group *= 2
+    block_rows = max(min(_round_up(rows, group), _TPU_TURNED_ROWS), group)
+    block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
+    block_rows = min(_round_up(rows, group), max(most // block_classes // group * group, group))
+    return TpuTiling(block_rows, block_classes, group, chunk, turned=True)
 
 
 def tpu_ids(k: int) -> int:
