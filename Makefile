@@ -23,6 +23,7 @@ bench: $(TEST_VENV)/ready
 # The README's tables and pictures with this machine's figures, against torch and timm too. 8 GB with PyPI's torch.
 report: $(PEERS_VENV)/ready
 	$(PEERS_VENV)/bin/python -m profiling report
+	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(PEERS_VENV)/bin/python -m profiling report --quick --target local
 
 $(DEMO_VENV)/ready: pyproject.toml
 	$(call make_venv,$(DEMO_VENV))

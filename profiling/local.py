@@ -9,10 +9,14 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+HUGE_PAGES = "-huge-pages"
+_TRANSPARENT_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 VERSIONS = (
     *("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc"),
     *("numpy", "optax", "torch", "timm"),
@@ -42,11 +46,29 @@ def name() -> str:
 
 
 def slug() -> str:
-    """The device as a folder's name."""
+    """The device as a folder's name; a CPU whose large arrays lie in huge pages counts as another."""
     import jax
 
-    prefix = "cpu-" if jax.default_backend() == "cpu" else ""
-    return prefix + re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+    found = re.sub(r"[^a-z0-9]+", "-", name().lower()).strip("-")
+    if jax.default_backend() != "cpu":
+        return found
+    return f"cpu-{found}{HUGE_PAGES if huge_pages() else ''}"
+
+
+def huge_pages() -> bool:
+    """Whether the C library asks the system for huge pages, and gets them: of 4 KiB each, those of a new array take
+    as long to be made as the gradient in them takes to be computed."""
+    asked = re.search(r"\bglibc\.malloc\.hugetlb=[12]\b", os.environ.get("GLIBC_TUNABLES", ""))
+    try:
+        return bool(asked) and "[never]" not in pathlib.Path(_TRANSPARENT_HUGE_PAGES).read_text()
+    except OSError:
+        return False
+
+
+def command_line(arguments: Iterable[str]) -> str:
+    """What was typed, with what of the environment is part of the measurement."""
+    pages = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 " if huge_pages() else ""
+    return pages + shlex.join(["python", "-m", "profiling", *arguments])
 
 
 def _processor() -> str:

@@ -21,16 +21,24 @@ _MARKED = re.compile(rf"<!-- profiling: (\w+) ([\w.-]+) -->\n(.*?){re.escape(END
 
 
 def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLDER) -> str:
-    """The README with its tables as the files have them; `device` is put in the place of the one that is named."""
+    """The README with its tables as the files have them; `device` is put in the place of the one that is named.
+
+    Tables of a machine with huge pages make way for another machine's with huge pages.
+    """
+
+    def takes_the_place(named: str) -> bool:
+        if device is None or named in (*targets.TARGETS, "compiled"):
+            return False
+        return device.endswith(local.HUGE_PAGES) == named.endswith(local.HUGE_PAGES)
 
     def table(match: re.Match[str]) -> str:
         kind, named, before = match.groups()
-        about = device if device is not None and named not in (*targets.TARGETS, "compiled") else named
+        about = device if device is not None and takes_the_place(named) else named
         body = TABLES[kind](about, folder)
         return f"<!-- profiling: {kind} {about} -->\n{body or before}{END}" if body else match.group(0)
 
     text = _MARKED.sub(table, text)
-    if device is None:
+    if device is None or device.endswith(local.HUGE_PAGES):
         return text
 
     def picture(match: re.Match[str]) -> str:
@@ -128,6 +136,23 @@ def speed(device: str, folder: pathlib.Path) -> str:
     for note in dict.fromkeys(row.note for row in absent):
         said += f" Not measured: {', '.join(r.contender for r in absent if r.note == note)} ({note})."
     return _markdown(header, lines) + said + "\n" + _source([timed, grown, planned], used)
+
+
+def pages(device: str, folder: pathlib.Path) -> str:
+    """Time and ratio alone, of a machine whose large arrays lie in huge pages."""
+    timed = results.load_or_empty(results.path_of(device, "speed", folder))
+    case = timed.main_case()
+    rows = timed.rows_of(case.name, GRADIENT)
+    present = [contender for contender in contenders.CONTENDERS if contender.name in rows]
+    if not present:
+        return ""
+    figures = [rows[contender.name].figures for contender in present]
+    header = [f"{case.name}, huge pages", *(contender.title for contender in present)]
+    lines = [
+        ["ms", *(tables.milliseconds(found["seconds"]) for found in figures)],
+        ["times ours (95 % interval)", *(tables.ratio(found) for found in figures)],
+    ]
+    return _markdown(header, lines) + _source([timed], [rows[contender.name].run for contender in present])
 
 
 def chips(_: str, folder: pathlib.Path) -> str:
@@ -262,6 +287,7 @@ def parity(device: str, folder: pathlib.Path) -> str:
 
 TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {
     "speed": speed,
+    "pages": pages,
     "chips": chips,
     "labels": labels,
     "head": head,

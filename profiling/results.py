@@ -14,7 +14,6 @@ import json
 import math
 import os
 import pathlib
-import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,8 +95,7 @@ class Run:
 
 def this_run(arguments: Iterable[str]) -> Run:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = shlex.join(["python", "-m", "profiling", *arguments])
-    return Run(now, command, local.name(), local.versions(), local.commit())
+    return Run(now, local.command_line(arguments), local.name(), local.versions(), local.commit())
 
 
 @dataclasses.dataclass(frozen=True)
