@@ -307,6 +307,14 @@ def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, 
     assert bundles / 2 < figures["bundles_per_1024"] <= 1.1 * bundles
 
 
+@pytest.mark.parametrize(("name", "bundles"), [("4096x9605-bf16-int8", 12.0), ("4096x80-bf16-int8", 12.4)])
+def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that_do(name, bundles):
+    available("v5e")
+    (case,) = cases.select([name])
+    figures = schedule.on_tpu("v5e", case, contenders.default("v5e"), cases.GRADIENT)
+    assert bundles / 2 < figures["bundles_per_1024"] <= 1.1 * bundles
+
+
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605), (4096, 80), (4096, 601), (4096, 33)])
 @pytest.mark.parametrize("f", [asymmetric_loss, total()], ids=["forward", "value and gradient"])
 def test_on_h100_nothing_spills_and_rows_of_any_length_load_16_bytes(f, shape):
