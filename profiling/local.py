@@ -55,20 +55,23 @@ def slug() -> str:
     return f"cpu-{found}{HUGE_PAGES if huge_pages() else ''}"
 
 
-def huge_pages() -> bool:
-    """Whether the C library asks the system for huge pages, and gets them: of 4 KiB each, those of a new array take
-    as long to be made as the gradient in them takes to be computed."""
+def huge_pages() -> str:
+    """The setting by which the C library asks the system for huge pages and gets them, or nothing.
+
+    Of 4 KiB each, those of a new array take as long to be made as the gradient in them takes to be computed.
+    """
     asked = re.search(r"\bglibc\.malloc\.hugetlb=[12]\b", os.environ.get("GLIBC_TUNABLES", ""))
     try:
-        return bool(asked) and "[never]" not in pathlib.Path(_TRANSPARENT_HUGE_PAGES).read_text()
+        given = "[never]" not in pathlib.Path(_TRANSPARENT_HUGE_PAGES).read_text()
     except OSError:
-        return False
+        given = False
+    return asked.group() if asked and given else ""
 
 
 def command_line(arguments: Iterable[str]) -> str:
     """What was typed, with what of the environment is part of the measurement."""
-    pages = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1 " if huge_pages() else ""
-    return pages + shlex.join(["python", "-m", "profiling", *arguments])
+    setting = huge_pages()
+    return (f"GLIBC_TUNABLES={setting} " if setting else "") + shlex.join(["python", "-m", "profiling", *arguments])
 
 
 def _processor() -> str:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
-from asl_pallas.kernels.tiling import LANES, SUBLANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
+from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
 
 
@@ -33,15 +33,9 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     grid = (pl.cdiv(rows, tiling.rows), pl.cdiv(classes, tiling.classes))
     # A vector over rows lies along the lanes: as (rows, 1) it would fill 128 lanes a row in memory.
     padded_rows = grid[0] * tiling.rows
-    turned = tiling.turned
-    if turned:
-        shape, extent = (classes, rows), (tiling.classes, tiling.rows)
-        block = pl.BlockSpec(extent, lambda i, j: (j, i))
-        by_class = pl.BlockSpec((tiling.classes, 1), lambda i, j: (j, jnp.int32(0)))
-    else:
-        shape, extent = (rows, classes), (tiling.rows, tiling.classes)
-        block = pl.BlockSpec(extent, lambda i, j: (i, j))
-        by_class = pl.BlockSpec((1, tiling.classes), lambda i, j: (jnp.int32(0), j))
+    shape, extent = tiling.lying(rows, classes), tiling.lying(tiling.rows, tiling.classes)
+    block = pl.BlockSpec(extent, lambda i, j: tiling.lying(i, j))
+    by_class = pl.BlockSpec(tiling.lying(1, tiling.classes), lambda i, j: tiling.lying(jnp.int32(0), j))
     by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (jnp.int32(0), i))
 
     inputs: dict[str, tuple[Array, pl.BlockSpec]] = {}
@@ -57,7 +51,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             continue
         whole = operand.shape == (rows, classes)
         fused = whole and operand.dtype.name in TPU_CONVERTED
-        array = operand.T if turned and name != "scalars" else operand
+        array = operand.T if tiling.turned and name != "scalars" else operand
         if name == "scalars":
             # Two dimensions, so that vmap's third leaves a block of whole last dimensions.
             inputs[name] = operand[None], pl.BlockSpec(memory_space=pltpu.SMEM)
@@ -69,7 +63,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         elif operand.shape == (rows, 1):
             vector = operand.astype(jnp.float32).reshape(1, rows)
             inputs[name] = jnp.pad(vector, ((0, 0), (0, padded_rows - rows))), by_row
-            if not turned:
+            if not tiling.turned:
                 scratch[name] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
         else:
             inputs[name] = array.astype(jnp.float32), by_class
@@ -78,7 +72,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
     if task.value == "rows":
         outputs["value"] = result_like(operands.logits, (1, padded_rows), jnp.float32), by_row
-        scratch["sums"] = pltpu.VMEM((SUBLANES, tiling.rows) if turned else (tiling.rows, LANES), jnp.float32)
+        scratch["sums"] = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
     elif task.value == "elements":
         outputs["value"] = result_like(operands.logits, shape, jnp.float32), block
     if task.gradient:
@@ -120,7 +114,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     for name in result:
         if name == "value" and task.value == "rows":
             result[name] = result[name][0, :rows]
-        elif turned:
+        elif tiling.turned:
             result[name] = result[name].T
     return Result(result.get("value"), result.get("gradient"))
 
@@ -167,8 +161,7 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
     outputs = dict(zip(output_names, refs[len(names) :], strict=False))
     scratch = dict(zip(scratch_names, refs[len(names) + len(outputs) :], strict=True))
     rows, classes = shape
-    group, chunk, turned = tiling.group, tiling.chunk, tiling.turned
-    room = (SUBLANES, group) if turned else (group, LANES)  # of a group's sums
+    group, chunk = tiling.group, tiling.chunk
     i, j = pl.program_id(0), pl.program_id(1)
     groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
     if "scalars" in inputs:
@@ -205,11 +198,11 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
                 else:  # lanes to rows: every lane of a row gets the row's number
                     ref[...] = jnp.broadcast_to(inputs[name][...], (LANES, tiling.rows)).T
 
-    def place(g, c) -> tuple[Any, Any]:
-        """Group g and chunk c of the block, in the order of its dimensions."""
-        at_rows = pl.ds(pl.multiple_of(g * group, group), group)
-        at_classes = slice(None) if chunk == tiling.classes else pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
-        return (at_classes, at_rows) if turned else (at_rows, at_classes)
+    def rows_of(g):
+        return pl.ds(pl.multiple_of(g * group, group), group)
+
+    def classes_of(c):
+        return slice(None) if chunk == tiling.classes else pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
 
     def load(name: str, at: tuple[Any, Any]) -> Array:
         if name in scratch:
@@ -217,13 +210,9 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
         ref = inputs[name]
         return ref[tuple(part if n > 1 else slice(None) for part, n in zip(at, ref.shape, strict=True))]
 
-    def partial_sums(g) -> tuple[Any, Any]:
-        at_rows, everything = pl.ds(pl.multiple_of(g * group, group), group), slice(None)
-        return (everything, at_rows) if turned else (at_rows, everything)
-
     def evaluate(g, c, sums: Array | None, valid: Array | None) -> Array | None:
         """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
-        at = place(g, c)
+        at = tiling.lying(rows_of(g), classes_of(c))
         tile = {name: load(name, at) for name in inputs if name != "labels" or task.labels == "dense"}
         if task.labels != "dense":
             blocks = chunk // LANES
@@ -235,9 +224,8 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
             outputs["value"][at] = value
         if sums is None:
             return None
-        if turned:
-            return sum((value[k : k + SUBLANES] for k in range(0, chunk, SUBLANES)), start=sums)
-        return sum((value[:, k : k + LANES] for k in range(0, chunk, LANES)), start=sums)
+        parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
+        return sum((value[part] for part in parts), start=sums)
 
     def walk(chunks_of_group):
         """Every group of the block that has rows."""
@@ -246,8 +234,8 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
             if "sums" not in scratch:
                 chunks_of_group(g, None)
             else:
-                of_group = partial_sums(g)
-                scratch["sums"][of_group] += chunks_of_group(g, jnp.zeros(room, jnp.float32))
+                zero = jnp.zeros(tiling.lying(group, tiling.partial), jnp.float32)
+                scratch["sums"][tiling.lying(rows_of(g), slice(None))] += chunks_of_group(g, zero)
 
         lax.fori_loop(jnp.int32(0), groups, one, None)
 
@@ -259,8 +247,8 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
 
         @pl.when(at_the_end)
         def _edge():
-            tile = (chunk, group) if turned else (group, chunk)
-            valid = lax.broadcasted_iota(jnp.int32, tile, 0 if turned else 1) < classes % chunk
+            of_class = lax.broadcasted_iota(jnp.int32, tiling.lying(group, chunk), tiling.classes_axis)
+            valid = of_class < classes % chunk
             walk(lambda g, zero: evaluate(g, whole, zero, valid))
 
     if "sums" in scratch:
@@ -268,4 +256,4 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
         @pl.when(at_the_end)
         def _finish():
             sums = scratch["sums"][...]
-            outputs["value"][...] = jnp.sum(sums if turned else sums.T, axis=0, keepdims=True)
+            outputs["value"][...] = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)

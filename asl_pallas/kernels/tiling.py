@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
 
@@ -40,8 +41,8 @@ _TPU_TURNED_ROWS = 2048
 # Below that, XLA's loop takes fewer bundles than the kernel with its two outer loops: 94 for 201 with 8 x 20 on v5e,
 # 198 for 241 with 64 x 80 on v6e, 218 for 356 with 16 x 600; with 32 x 600 it is 363 for 353.
 _TPU_LEAST_ELEMENTS = 16 * 1024
-# Of a group of 32 rows; half of them empty, it takes as long as XLA's loop.
-_TPU_LEAST_ROWS = 17
+# With half of a group's rows empty, it takes as long as XLA's loop.
+_TPU_LEAST_ROWS = _TPU_GROUP // 2 + 1
 # Ids that are compared at a time: the rows of a register.
 TPU_IDS = 8
 # With more of them in a row, 128 rows' would take more than 2 MiB of VMEM.
@@ -79,6 +80,19 @@ class TpuTiling:
     group: int
     chunk: int
     turned: bool = False  # rows along the lanes, classes along the sublanes
+
+    def lying(self, of_rows: Any, of_classes: Any) -> tuple[Any, Any]:
+        """Something of the rows and something of the classes, in the order in which their dimensions lie."""
+        return (of_classes, of_rows) if self.turned else (of_rows, of_classes)
+
+    @property
+    def classes_axis(self) -> int:
+        return 0 if self.turned else 1
+
+    @property
+    def partial(self) -> int:
+        """How many sums a row has until its end, as many as a register has places along the classes."""
+        return SUBLANES if self.turned else LANES
 
 
 def tpu_pays(rows: int, classes: int, labels: Form) -> bool:

@@ -1,14 +1,13 @@
 """What a session shows: progress, the learning curve and the memory of the train step."""
 
 import dataclasses
-import time
 
 import rich.box
 import rich.console
-import rich.progress
 import rich.table
 
 from extreme.memory import StepMemory
+from phenotypes.progress import TrainingProgress
 
 MEBIBYTE = 2**20
 
@@ -23,53 +22,20 @@ class Point:
     precision_at_5: float
 
 
-class Progress:
-    """A bar with loss and rate on a terminal; a plain line at each look elsewhere, where a bar would fill the log."""
+class Progress(TrainingProgress):
+    """A plain line is a look's."""
 
-    def __init__(self, console: rich.console.Console, steps: int, batch: int):
-        self.console = console
-        self.batch = batch
+    def __init__(self, console: rich.console.Console, steps: int):
+        super().__init__(console, "step {task.completed}/{task.total}", 16, "6.2f", steps=steps)
         self.steps = steps
-        self.timed, self.seconds, self.mark = 0, 0.0, 0.0
-        self.bar = rich.progress.Progress(
-            rich.progress.TextColumn("step {task.completed}/{task.total}"),
-            rich.progress.BarColumn(bar_width=16),
-            rich.progress.TextColumn("loss {task.fields[loss]:6.2f} {task.fields[rate]:5.0f} examples/s"),
-            rich.progress.TextColumn("{task.fields[precision]}"),
-            rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task("", total=steps, loss=float("nan"), rate=0.0, precision="")
-
-    def __enter__(self) -> "Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    @property
-    def rate(self) -> float:
-        return self.timed * self.batch / self.seconds if self.seconds else 0.0
-
-    def step(self, loss: float) -> None:
-        now = time.perf_counter()
-        if self.mark:  # zero after a look, and before the first step, which compiles
-            self.seconds += now - self.mark
-            self.timed += 1
-        self.mark = now
-        self.bar.update(self.task, advance=1, loss=loss, rate=self.rate)
 
     def look(self, point: Point) -> None:
-        self.mark = 0.0
-        self.bar.update(self.task, precision=f"P@1 {point.precision_at_1:.3f}")
-        if not self.console.is_terminal:
-            loss = f"loss {point.loss:.2f}  {self.rate:.0f} examples/s  " if point.loss is not None else ""
-            self.console.print(
-                f"step {point.steps}/{self.steps}  {loss}held-out P@1 {point.precision_at_1:.3f}  "
-                f"P@5 {point.precision_at_5:.3f}"
-            )
+        precision = f"P@1 {point.precision_at_1:.3f}"
+        loss = f"loss {point.loss:.2f}  {self.rate:.0f} examples/s  " if point.loss is not None else ""
+        self.show(
+            precision,
+            f"step {point.steps}/{self.steps}  {loss}held-out {precision}  P@5 {point.precision_at_5:.3f}",
+        )
 
 
 def print_curve(curve: list[Point], popularity: list[float], console: rich.console.Console) -> None:

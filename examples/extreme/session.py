@@ -142,14 +142,14 @@ def train(
         losses.clear()
         progress.look(curve[-1])
 
-    with Progress(console, options.steps, options.batch) as progress:
+    with Progress(console, options.steps) as progress:
         if not interruption.requested:
             look(0)
         for steps in range(1, options.steps + 1):
             if interruption.requested:
                 break
             losses.append(trainer.step(corpus.draw(rng, options.batch)))
-            progress.step(losses[-1])
+            progress.step(losses[-1], options.batch)
             if not np.isfinite(losses[-1]):
                 raise CannotRun(
                     f"the loss is {losses[-1]:g} after {steps} steps: try a smaller --learning-rate than "

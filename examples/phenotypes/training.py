@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import optax
 import rich.console
-import rich.progress
 from jax.typing import ArrayLike
 
 from asl_pallas import PackedLabels, SparseLabels
@@ -19,6 +18,7 @@ from phenotypes import data, metrics
 from phenotypes.groups import Split
 from phenotypes.interruption import StopRequest
 from phenotypes.layout import Layout
+from phenotypes.progress import TrainingProgress
 from phenotypes.settings import Focus, Sizes
 
 FEATURE_DROPOUT = 0.1  # share of a disease's features left out whenever it is seen in training
@@ -270,54 +270,21 @@ def train(
     return Run(focus, trainer, position.curve, position.steps == total, time.perf_counter() - started, layout)
 
 
-class _Progress:
-    """A bar with loss and rate on a terminal; a plain line an epoch elsewhere, where a bar would fill the log."""
+class _Progress(TrainingProgress):
+    """A plain line is an epoch's."""
 
     def __init__(self, console: rich.console.Console, name: str, steps: int, completed: int):
-        self.console = console
+        # All columns together fit 80 characters.
+        super().__init__(
+            console, "{task.description}", 12, "5.1f", steps=steps, completed=completed, description=f"{name:16}"
+        )
         self.name = name
-        self.examples, self.seconds, self.mark = 0, 0.0, 0.0
-        self.bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}", justify="left"),
-            rich.progress.BarColumn(bar_width=12),  # all columns together fit 80 characters
-            rich.progress.TextColumn("loss {task.fields[loss]:5.1f} {task.fields[rate]:5.0f} examples/s"),
-            rich.progress.TextColumn("{task.fields[validation]}"),
-            rich.progress.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.bar.add_task(
-            f"{name:16}", total=steps, completed=completed, loss=float("nan"), rate=0.0, validation=""
-        )
-
-    def __enter__(self) -> "_Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    @property
-    def rate(self) -> float:
-        return self.examples / self.seconds if self.seconds else 0.0
-
-    def step(self, loss: float, examples: int) -> None:
-        now = time.perf_counter()
-        if self.mark:  # zero after a pause: neither compiling nor validating nor saving is training
-            self.seconds += now - self.mark
-            self.examples += examples
-        self.mark = now
-        self.bar.update(self.task, advance=1, loss=loss, rate=self.rate)
-
-    def pause(self) -> None:
-        self.mark = 0.0
 
     def epoch(self, point: Point, epochs: int) -> None:
-        self.pause()
-        self.bar.update(self.task, validation=f"P@5 {point.precision_at_5:.3f}")
-        if not self.console.is_terminal:
-            self.console.print(
-                f"{self.name:18} epoch {point.epoch:g}/{epochs}  loss {point.train_loss:.3f}  "
-                f"{self.rate:.0f} examples/s  validation P@5 {point.precision_at_5:.3f}  "
-                f"micro AP {point.micro_average_precision:.3f}"
-            )
+        precision = f"P@5 {point.precision_at_5:.3f}"
+        self.show(
+            precision,
+            f"{self.name:18} epoch {point.epoch:g}/{epochs}  loss {point.train_loss:.3f}  "
+            f"{self.rate:.0f} examples/s  validation {precision}  "
+            f"micro AP {point.micro_average_precision:.3f}",
+        )
