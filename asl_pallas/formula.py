@@ -56,6 +56,8 @@ class Arithmetic:
       at_least, at_most: the larger, or smaller, of an array and a bound. By selects: as one instruction max and min
         drop a NaN on a GPU, and jnp's, which keep it, are five on a CPU.
       constant: what has no derivative.
+      clips: a loss that a rounding takes below 0 becomes 0; not needed by a kernel that does that with their sum.
+      labels_by_slope: the last step of value and gradient tells a positive by its slope's sign, not from its label.
     """
 
     exp: Callable[[Array], Array] = jnp.exp
@@ -66,23 +68,39 @@ class Arithmetic:
     at_least: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
     at_most: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
     constant: Callable[[Array], Array] = lax.stop_gradient
+    clips: bool = True
+    labels_by_slope: bool = False
 
 
 EXACT = Arithmetic()
 
 
+# A part of a formula's evaluation: of what the step before it returned (the first: of nothing), the logit, `positive`
+# and the chip. The last returns the value, or value and gradient.
+Step = Callable[[Any, Array, "Array | bool", Arithmetic], tuple[Array, ...]]
+
+
 class Formula(Protocol):
-    """What a kernel asks of a loss. `positive` is a bool array like `logit`, or a Python bool for one side only."""
+    """What a kernel asks of a loss. `positive` is a bool array like `logit`, or a Python bool for one side only.
 
-    def value(self, logit: Array, positive: Array | bool, chip: Arithmetic) -> Array: ...
+    Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these.
+    """
 
-    def gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic) -> Array: ...
-
-    def value_and_gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]: ...
+    def steps(self, gradient: bool) -> tuple[Step, ...]: ...
 
     def traced(self) -> tuple[str, ...]: ...
 
     def bind(self, scalars: tuple[Scalar, ...]) -> Formula: ...
+
+
+def evaluate(
+    formula: Formula, logit: Array, positive: Array | bool, chip: Arithmetic, gradient: bool
+) -> tuple[Array, ...]:
+    """All steps at once: the value, or value and gradient."""
+    known: tuple[Array, ...] = ()
+    for step in formula.steps(gradient):
+        known = step(known, logit, positive, chip)
+    return known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,13 +134,13 @@ class AsymmetricLoss:
     stop_focus_gradient: bool = False
 
     def value(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> Array:
-        return self._evaluate(logit, positive, chip, gradient=False)[0]
+        return evaluate(self, logit, positive, chip, gradient=False)[0]
 
     def gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> Array:
-        return self._evaluate(logit, positive, chip, gradient=True)[1]
+        return evaluate(self, logit, positive, chip, gradient=True)[1]
 
-    def value_and_gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> tuple[Array, Array]:
-        return self._evaluate(logit, positive, chip, gradient=True)
+    def value_and_gradient(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> tuple[Array, ...]:
+        return evaluate(self, logit, positive, chip, gradient=True)
 
     def traced(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that `bind` has to fill in, in its order."""
@@ -131,46 +149,69 @@ class AsymmetricLoss:
     def bind(self, scalars: tuple[Scalar, ...]) -> AsymmetricLoss:
         return dataclasses.replace(self, **dict(zip(self.traced(), scalars, strict=True)))
 
-    def _evaluate(self, logit: Array, positive: Array | bool, chip: Arithmetic, gradient: bool) -> tuple[Array, Array]:
-        sign = _select(positive, -1.0, 1.0, logit.dtype)
-        u = logit * sign
+    def steps(self, gradient: bool) -> tuple[Step, ...]:
+        if gradient:
+            return self._exponential, self._probabilities, self._value_and_slope
+        return self._exponential, self._value
+
+    def _exponential(self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
+        u = logit * _sign(positive, logit.dtype)
         limit = _LIMIT[logit.dtype.itemsize]
-        e = chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
-        right = chip.reciprocal(1.0 + e)
-        wrong = e * right
+        return u, chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
 
-        # 1 - m as (1 - w) + c, without cancellation, and its logarithm. Rounding can take 1 - m past 1.
-        if self._has_margin and positive is not True:
-            margin = _select(positive, 0.0, self.clip, logit.dtype)
-            m = chip.at_least(wrong - margin, 0.0)
-            rest = right + margin
-            over = chip.reciprocal(rest) if gradient else None
-        else:
-            margin, m, rest, over = 0.0, wrong, right, None
-        if self._is_focused:
-            log = -chip.log(rest) if over is None else chip.log(over)
-        else:
-            # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
-            log = -jnp.log(rest)
-            log = jnp.where(m < 0.5, -chip.log1p(-chip.at_most(m, 0.5)), log)
-        log = chip.at_least(log, 0.0)
-        # Beyond the limit a loss without a margin goes on as a straight line; below it the line is lower.
-        if _is_static(self.clip):
-            line = u if not self._has_margin else _select(positive, u, 0.0)
-        else:
-            line = _select(margin == 0.0, u, 0.0)
-        loss = chip.at_least(log, line)
+    def _probabilities(
+        self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
+    ) -> tuple[Array, Array, Array, Array]:
+        """Of u and exp(u): m, the slope dw/dx, whose sign is the label's, u and 1 / (1 - m)."""
+        u, e = known
+        right, wrong = _right_and_wrong(e, chip)
+        m, rest = self._less_margin(wrong, right, positive, chip)
+        over = 1.0 + e if rest is right else chip.reciprocal(rest)
+        return m, right * wrong * _sign(positive, logit.dtype), u, over
 
+    def _value(
+        self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
+    ) -> tuple[Array]:
+        u, e = known
+        right, wrong = _right_and_wrong(e, chip)
+        m, rest = self._less_margin(wrong, right, positive, chip)
+        log = self._careful(-chip.log(rest) if self._is_focused else -jnp.log(rest), m, chip)
+        return (self._power(m, positive, chip) * chip.at_least(log, self._line(u, positive)),)
+
+    def _value_and_slope(
+        self, known: tuple[Array, Array, Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
+    ) -> tuple[Array, Array]:
+        m, slope, u, over = known
+        if chip.labels_by_slope and not isinstance(positive, bool):
+            positive = slope < 0.0
+        log = self._careful(chip.log(over) if self._is_focused else jnp.log(over), m, chip)
+        loss = chip.at_least(log, self._line(u, positive))
         focus = self._power(m, positive, chip)
         if self.stop_focus_gradient:
             focus = chip.constant(focus) if isinstance(focus, Array) else focus
         value = focus * loss
-        if not gradient:
-            return value, value
-        slope = 0.0 if self.stop_focus_gradient else self._power(m, positive, chip, derived=True)
-        if over is None:
-            return value, wrong * (focus + slope * (log * right)) * sign
-        return value, wrong * (right * (focus * over + slope * log)) * sign
+        focusing = 0.0 if self.stop_focus_gradient else self._power(m, positive, chip, derived=True)
+        return value, slope * (focus * over + focusing * log)
+
+    def _less_margin(self, wrong: Array, right: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
+        """m, and 1 - m as (1 - w) + c, without cancellation. Rounding can take it past 1."""
+        if not self._has_margin or positive is True:
+            return wrong, right
+        margin = _select(positive, 0.0, self.clip, wrong.dtype)
+        return chip.at_least(wrong - margin, 0.0), right + margin
+
+    def _careful(self, log: Array, m: Array, chip: Arithmetic) -> Array:
+        """-log(1 - m), at least 0."""
+        if not self._is_focused:
+            # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
+            log = jnp.where(m < 0.5, -chip.log1p(-chip.at_most(m, 0.5)), log)
+        return log if self._is_steep and not chip.clips else chip.at_least(log, 0.0)
+
+    def _line(self, u: Array, positive: Array | bool) -> Array | float:
+        """What -log(1 - m) is where exp(u) is at its limit, and a lower bound elsewhere: u, without a margin."""
+        if _is_static(self.clip):
+            return u if not self._has_margin else _select(positive, u, 0.0)
+        return _select(_select(positive, 0.0, self.clip, u.dtype) == 0.0, u, 0.0)
 
     @property
     def _has_margin(self) -> bool:
@@ -180,6 +221,11 @@ class AsymmetricLoss:
     def _is_focused(self) -> bool:
         """Both sides have a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
         return all(_is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
+
+    @property
+    def _is_steep(self) -> bool:
+        """Where m is 0, so is a negative's m^(g - 1): a logarithm below 0 by a rounding does nothing there."""
+        return self._is_focused and self.gamma_neg >= 2
 
     def _power(self, m: Array, positive: Array | bool, chip: Arithmetic, derived: bool = False) -> Array | float:
         """m^gamma of the element's own side, 0 below the margin; or its derivative, gamma * m^(gamma - 1)."""
@@ -200,6 +246,16 @@ class AsymmetricLoss:
 
         of_positive, of_negative = map(power_of, sides)
         return _select(positive, of_positive, of_negative, m.dtype)
+
+
+def _sign(positive: Array | bool, dtype: Any) -> Array | float:
+    return _select(positive, -1.0, 1.0, dtype)
+
+
+def _right_and_wrong(e: Array, chip: Arithmetic) -> tuple[Array, Array]:
+    """The probabilities of the right answer and of the wrong one, of exp(u), each to its own relative precision."""
+    right = chip.reciprocal(1.0 + e)
+    return right, e * right
 
 
 def _power(m: Array, n: float) -> Array | float:

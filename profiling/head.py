@@ -22,11 +22,12 @@ import numpy as np
 from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
-from asl_pallas.kernels.tiling import head_chunk, tpu_tiling
+from asl_pallas.kernels.tiling import head_chunk
 from profiling import results, targets
 from profiling.bounds import MIB, ROUNDS, Line
 from profiling.cases import CPU, GPU, GRADIENT, SHORT, TPU
 from profiling.results import Row
+from profiling.schedule import is_ours, turns_of
 from profiling.session import Session, described, device_of, places_of
 from profiling.speed import Runner
 
@@ -103,24 +104,14 @@ def cycles_on_v5e() -> Iterator[Line]:
 
 
 def _cycles(schedule: targets.Schedule, chunk: int) -> float:
-    """Of one call of a kernel: XLA's by its grid, ours by its tiling, and a sum by what its loop loads at a time."""
-    outside = schedule.by_depth[0]
-    if "asl_pallas" in schedule.name:
+    """Of one call of a kernel: ours by its tiling, XLA's by its grid, and a sum by what its loop loads at a time."""
+    if is_ours(schedule):
         logits = jax.ShapeDtypeStruct((ROWS, chunk), jnp.float32)
         labels = jax.ShapeDtypeStruct((ROWS, IDS), jnp.int32)
         task = Task(AsymmetricLoss(), "rows", True, labels="sparse")
-        tiling = tpu_tiling(task, Operands(logits, labels))  # type: ignore[arg-type]
-        blocks = math.ceil(ROWS / tiling.rows) * math.ceil(chunk / tiling.classes)
-        tiles = math.ceil(ROWS / tiling.group) * math.ceil(chunk / tiling.chunk)
-        innermost = schedule.innermost
-        total = float(outside + blocks * schedule.by_depth[1])
-        for loop in schedule.loops:
-            if loop.depth >= 2:
-                # Before the loop over tiles there is one that makes words of ids: 128 rows a turn, 8 ids in its own.
-                of_words = loop.depth == 3 and loop is not innermost and loop.bundles > 8
-                turns = ROWS / 128 * (math.ceil(IDS / 8) if of_words else 1)
-                total += loop.bundles * (tiles if loop is innermost else turns)
-        return total
+        of_loops = turns_of(schedule, "v5e", task, Operands(logits, labels))  # type: ignore[arg-type]
+        return sum(n * loop.bundles for n, loop in zip(of_loops or (), schedule.loops, strict=True))
+    outside = schedule.by_depth[0]
     if schedule.grid:
         return outside + math.prod(schedule.grid) * sum(schedule.by_depth[1:])
     if len(schedule.by_depth) == 1:

@@ -14,9 +14,9 @@ import math
 from typing import Any
 
 from asl_pallas.formula import AsymmetricLoss
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling, triton_tiling
-from profiling import cases, contenders, targets
+from profiling import contenders, targets
 from profiling.cases import FORWARD, GRADIENT, MODES, Case
 from profiling.contenders import Contender
 from profiling.session import Job, Request, Session, pairs, places_of
@@ -28,6 +28,10 @@ from profiling import cases, contenders, targets
 target, (case,), contender, mode = sys.argv[1], cases.select([sys.argv[2]]), contenders.find(sys.argv[3]), sys.argv[4]
 targets.compile_for(target, contenders.step(contender.build(), mode), *case.shapes())
 """
+
+
+# Loops of fewer bundles are the heads of others, or wait for copies.
+_WAITING = 16
 
 
 def jobs(request: Request) -> list[Job]:
@@ -57,19 +61,24 @@ def measure(session: Session) -> None:
 
 def on_tpu(target: str, case: Case, contender: Contender, mode: str) -> dict[str, Any]:
     found = targets.schedules(target, SCRIPT, target, case.name, contender.name, mode)
+    task = Task(AsymmetricLoss(), "rows", mode == GRADIENT, labels=case.form)
     kernels: list[dict[str, Any]] = []
     cycles, counted, innermost = 0.0, True, None
     units: dict[str, float] = {}
     for schedule in found:
-        trips, tile = trips_of(schedule, case, mode)
-        innermost = schedule.innermost.bundles / (tile / 1024) if tile else innermost
-        kernels.append({"name": schedule.name, "bundles_by_depth": schedule.by_depth, "trips_by_depth": trips})
-        if trips is None:
+        turns = turns_of(schedule, target, task, case.operands())
+        loops = [
+            {"depth": loop.depth, "bundles": loop.bundles, "turns": turns and turns[n]}
+            for n, loop in enumerate(schedule.loops)
+        ]
+        kernels.append({"name": schedule.name, "bundles_by_depth": schedule.by_depth, "loops": loops})
+        if is_ours(schedule) and turns is not None:
+            tiling = tiling_for(target, task, case.operands())
+            _, of_tiles = max((n * loop.bundles, loop.bundles) for n, loop in zip(turns, schedule.loops, strict=True))
+            innermost = of_tiles / (tiling.group * tiling.chunk / 1024)
+        if turns is None:
             counted = False
             continue
-        turns = [trips[loop.depth] for loop in schedule.loops]
-        if tile and case.form == "sparse":
-            turns = _with_ids(turns, schedule, case, mode)
         cycles += sum(n * loop.bundles for n, loop in zip(turns, schedule.loops, strict=True))
         for k, (unit, capacity) in enumerate(schedule.units):
             busy = sum(n * loop.used[k] for n, loop in zip(turns, schedule.loops, strict=True)) / capacity
@@ -86,44 +95,47 @@ def on_tpu(target: str, case: Case, contender: Contender, mode: str) -> dict[str
     }
 
 
-def trips_of(schedule: targets.Schedule, case: Case, mode: str) -> tuple[tuple[float, ...] | None, int]:
-    """How often the bundles of each depth run: outside of loops, a block of the grid, a group of rows, a chunk.
+def is_ours(schedule: targets.Schedule) -> bool:
+    return "asl_pallas" in schedule.name
+
+
+def tiling_for(target: str, task: Task, operands: Operands) -> TpuTiling:
+    with targets.lowering_for(target):
+        return tpu_tiling(task, operands)
+
+
+def turns_of(schedule: targets.Schedule, target: str, task: Task, operands: Operands) -> list[float] | None:
+    """How often each loop's bundles run in all; the operands are those of our kernel, if it is ours.
 
     None for a kernel of XLA's with loops inside its grid, whose turns nothing tells: copies from one layout to another.
-    And how many elements our kernel's innermost loop takes at a time, 0 for XLA's.
     """
     grid = float(math.prod(schedule.grid))
-    if "asl_pallas" not in schedule.name:
-        return ((1.0, grid)[: len(schedule.by_depth)], 0) if len(schedule.by_depth) <= 2 else (None, 0)
-    tiling = _tiling(case, mode)
-    rows, classes = case.shape
-    groups = math.ceil(rows / tiling.group)
-    blocks = math.ceil(classes / tiling.classes)
+    if not is_ours(schedule):
+        return [(1.0, grid)[loop.depth] for loop in schedule.loops] if len(schedule.by_depth) <= 2 else None
+    tiling = tiling_for(target, task, operands)
+    rows, classes = operands.logits.shape
+    # Groups of rows in all blocks of them, of which the last one may have fewer.
+    whole, rest = divmod(rows, tiling.rows)
+    groups = whole * (tiling.rows // tiling.group) + math.ceil(rest / tiling.group)
+    # Exponentials are of tiles: those of a block, and those at the classes' edge.
+    of_tiles = [groups * (classes // tiling.chunk)] if classes >= tiling.chunk else []
     if classes % tiling.chunk:
-        # The last chunk, which isn't whole, is done in a loop over the groups of its own, in the last block of classes
-        # alone. Beside it the bundles around the chunks of the other blocks, of the same depth, are a percent.
-        blocks = 1
-    # A grid of one block is no loop.
-    trips = (1.0, *((grid,) if grid > 1 else ()), float(groups * blocks), float(groups * (classes // tiling.chunk)))
-    return trips[: len(schedule.by_depth)], tiling.group * tiling.chunk
-
-
-def _tiling(case: Case, mode: str) -> TpuTiling:
-    task = Task(AsymmetricLoss(), "rows", mode == GRADIENT, labels=case.form)
-    return tpu_tiling(task, case.operands())
-
-
-def _with_ids(turns: list[float], schedule: targets.Schedule, case: Case, mode: str) -> list[float]:
-    """The turns with those of the first loop of a block, which makes words of ids for 128 rows at a time."""
-    tiling = _tiling(case, mode)
-    rows, classes = case.shape
-    first = next(n for n, loop in enumerate(schedule.loops) if loop.depth == 2)
-    found = list(turns)
-    found[first] = math.ceil(rows / LANES) * math.ceil(classes / tiling.classes)
-    for n, loop in enumerate(schedule.loops[first + 1 :], first + 1):
-        if loop.depth <= 2:
-            break
-        found[n] = found[first] * tpu_ids(cases.IDS) // TPU_IDS
+        of_tiles.append(groups)
+    exponentials = [name for name, _ in schedule.units].index("EUP")
+    in_block = max(loop.depth for loop in schedule.loops if loop.used[exponentials])
+    # Words are made of ids, 128 rows at a time, and some of their ids at a time.
+    words = math.ceil(rows / LANES) * math.ceil(classes / tiling.classes)
+    found = []
+    for loop in schedule.loops:
+        of_block = loop.depth == in_block > 0 and loop.bundles > _WAITING
+        if loop.depth > in_block:
+            found.append(words * tpu_ids(operands.labels.shape[1]) / TPU_IDS)
+        elif of_block and loop.used[exponentials]:
+            found.append(float(of_tiles.pop(0)))
+        elif of_block and task.labels == "sparse":
+            found.append(float(words))
+        else:
+            found.append(grid if loop.depth else 1.0)
     return found
 
 

@@ -113,7 +113,7 @@ def compile_for(target: str, f: Callable[..., Any], *shapes: Any, dump: str | No
 
 
 def lowering_for(target: str) -> contextlib.AbstractContextManager[Any]:
-    """Where lowering has to know the chip: Pallas's Triton lowering asks the abstract mesh which card it is for."""
+    """Where tracing and lowering have to know the chip: Pallas and our TPU kernel ask the abstract mesh for it."""
     return jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device(target)], ("x",)).abstract_mesh)
 
 
@@ -155,14 +155,17 @@ class Schedule:
         return tuple(sum(loop.bundles for loop in self.loops if loop.depth == d) for d in range(deepest + 1))
 
     @property
-    def innermost(self) -> Loop:
-        """The largest of the loops that are in the most others."""
-        return max(self.loops, key=lambda loop: (loop.depth, loop.bundles))
+    def innermost(self) -> list[Loop]:
+        """The loops that no other is in, but for the parts of a grid's block that are outside of its loops."""
+        following = [*(loop.depth for loop in self.loops[1:]), 0]
+        least = min(2, max(loop.depth for loop in self.loops))
+        return [loop for loop, depth in zip(self.loops, following, strict=True) if max(depth, least) <= loop.depth]
 
     @property
     def spills(self) -> int:
-        """Vector registers that the innermost loop writes to memory for want of room, and reads back."""
-        return sum(n for n, (name, _) in zip(self.innermost.used, self.units, strict=True) if ":" in name)
+        """Vector registers that innermost loops write to memory for want of room, and read back."""
+        kinds = [k for k, (name, _) in enumerate(self.units) if ":" in name]
+        return sum(loop.used[k] for loop in self.innermost for k in kinds)
 
 
 def schedules(target: str, script: str, *arguments: str) -> list[Schedule]:

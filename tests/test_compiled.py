@@ -281,38 +281,45 @@ def test_a_host_without_an_accelerator_exports_the_kernels():
     assert jnp.allclose(value, total()(x, y)[0], rtol=1e-6) and slope.dtype == jnp.bfloat16
 
 
-def test_on_v5e_1024_elements_take_twelve_cycles_and_few_labels_cost_hardly_more():
-    """By the compiler's own schedule, all loops counted: 11.9, with a tenth for another compiler. Packed 0.1 more, 16
-    ids a row 1.0."""
+def test_on_v5e_1024_elements_take_twelve_cycles_nothing_spills_and_few_labels_cost_hardly_more():
+    """By the compiler's own schedule, all loops counted: 11.96, with a tenth for another compiler. Packed 0.25 more, 16
+    ids a row 1.35."""
     available("v5e")
-    line, *few = bounds.schedule_on_v5e()
+    line, spills, *few = bounds.schedule_on_v5e()
     assert 9 < line.figure <= 13.2
+    assert spills.figure == 0
     assert len(few) == 2 and all(-1 < more.figure <= more.bound for more in few)
 
 
 @pytest.mark.parametrize(
-    ("target", "logits", "mode", "bundles"),
+    ("target", "logits", "mode", "bundles", "spills"),
     [
-        ("v5e", "float32", cases.GRADIENT, 11.9),  # no more than bfloat16's 11.9 and a half
-        ("v5e", "bfloat16", cases.FORWARD, 9.4),
-        ("v6e", "bfloat16", cases.GRADIENT, 10.1),
-        ("tpu7x", "bfloat16", cases.GRADIENT, 10.0),
+        ("v5e", "float32", cases.GRADIENT, 12.3, False),  # no more than bfloat16's 12.0 and a half
+        ("v5e", "bfloat16", cases.FORWARD, 8.6, False),
+        ("v6e", "bfloat16", cases.GRADIENT, 9.5, True),
+        ("v6e", "bfloat16", cases.FORWARD, 8.2, False),
+        ("tpu7x", "bfloat16", cases.GRADIENT, 9.4, True),
     ],
 )
-def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, logits, mode, bundles):
-    """As profiling/results have them, with a tenth for another compiler."""
+def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, logits, mode, bundles, spills):
+    """As profiling/results have them, with a tenth for another compiler. From v6e on value and gradient spill, and are
+    the faster for it: without, 11.0."""
     available(target)
     case = dataclasses.replace(cases.ON_CHIP, logits=logits)
     figures = schedule.on_tpu(target, case, contenders.default(target), mode)
     assert bundles / 2 < figures["bundles_per_1024"] <= 1.1 * bundles
+    assert spills or figures["spills"] == 0
 
 
-@pytest.mark.parametrize(("name", "bundles"), [("4096x9605-bf16-int8", 12.0), ("4096x80-bf16-int8", 12.4)])
-def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that_do(name, bundles):
+@pytest.mark.parametrize(
+    ("shape", "logits", "bundles"), [((4096, 9605), "bfloat16", 12.0), ((262144, 80), "float32", 11.7)]
+)
+def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that_do(shape, logits, bundles):
     available("v5e")
-    (case,) = cases.select([name])
+    (case,) = (case for case in cases.CASES if case.shape == shape and case.logits == logits)
     figures = schedule.on_tpu("v5e", case, contenders.default("v5e"), cases.GRADIENT)
     assert bundles / 2 < figures["bundles_per_1024"] <= 1.1 * bundles
+    assert figures["spills"] == 0
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605), (4096, 80), (4096, 601), (4096, 33)])

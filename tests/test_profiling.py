@@ -338,7 +338,9 @@ def test_on_an_absent_tpu_ours_is_at_the_floor_and_its_bundles_are_counted_loop_
     assert case.floor <= planned["traffic"] <= 1.01 * case.floor
     figures = schedule.on_tpu("v5e", case, ours, cases.GRADIENT)
     (kernel,) = [k for k in figures["kernels"] if "asl_pallas" in k["name"]]
-    assert len(kernel["bundles_by_depth"]) == len(kernel["trips_by_depth"]) == 4
+    assert len(kernel["bundles_by_depth"]) == 3
+    (tiles,) = (loop for loop in kernel["loops"] if loop["turns"] > 1000)
+    assert tiles["turns"] * 12 * 1024 == pytest.approx(case.elements, rel=0.02) and tiles["depth"] == 2
     assert figures["innermost_per_1024"] < figures["bundles_per_1024"] <= 13.2
     assert figures["limiting_unit"] and 0 < figures["limiting_share"] <= 1
 

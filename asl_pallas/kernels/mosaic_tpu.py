@@ -11,7 +11,7 @@ tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.formula import Arithmetic
-from asl_pallas.kernels.tile import Form, Operands, Result, Task
+from asl_pallas.kernels.platforms import tpu_generation
+from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
+
+# A group of rows and a chunk of classes of a block.
+Position = tuple[Array, Array]
+Stage = Callable[[Any, Operands, "Array | None"], Any]
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -78,14 +83,16 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if task.gradient:
         outputs["gradient"] = result_like(operands.logits, shape, operands.logits.dtype), block
 
+    chip = arithmetic(task, operands, not interpret and (tpu_generation() or 6) < 6)
+    aside = _aside(task, tiling, operands, chip)
     kernel = functools.partial(
         _kernel,
         task,
         tiling,
+        chip,
         (rows, classes),
         tuple(inputs),
         tuple(outputs),
-        tuple(scratch),
     )
     arrays: list[Any] = [array for array, _ in inputs.values()]
     shapes: list[Any] = [shape for shape, _ in outputs.values()]
@@ -95,7 +102,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         in_specs=[spec for _, spec in inputs.values()],
         out_specs=[spec for _, spec in outputs.values()],
         out_shape=shapes,
-        scratch_shapes=list(scratch.values()),
+        scratch_shapes=[scratch, aside],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             allow_input_fusion=tuple(converted) if any(converted) else None,
@@ -131,8 +138,55 @@ def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Arr
     return (ids, spec), {"words": pltpu.VMEM((tiling.rows, LANES), jnp.int32)}
 
 
-# The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does.
-_CHIP = Arithmetic(reciprocal=reciprocal, at_least=jnp.maximum, at_most=jnp.minimum)
+def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
+    """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does."""
+    weighted = operands.weights is not None or operands.pos_weight is not None
+    return Arithmetic(
+        reciprocal=_refined_reciprocal if refines else reciprocal,
+        at_least=jnp.maximum,
+        at_most=jnp.minimum,
+        clips=task.value != "rows" or weighted,
+        labels_by_slope=True,
+    )
+
+
+def _refined_reciprocal(x: Array) -> Array:
+    """The chip's estimate and a Newton step. One operation less than the compiler's own, which adds a correction."""
+    estimate = reciprocal(x, approx=True)
+    return estimate * (2.0 - x * estimate)
+
+
+def _stages(task: Task, tiling: TpuTiling, labels: jnp.dtype, chip: Arithmetic) -> list[Stage]:
+    """The task's steps, of which the first ones may make one stage."""
+    steps = task.steps(labels)
+    together = max(len(steps) - tiling.stages, 0) + 1
+
+    def stage(steps: Sequence[Step]) -> Stage:
+        def run(known: Any, tile: Operands, valid: Array | None) -> Any:
+            for step in steps:
+                known = step(known, tile, valid, chip)
+            return known
+
+        return run
+
+    return [stage(steps[:together]), *(stage([step]) for step in steps[together:])]
+
+
+def _aside(task: Task, tiling: TpuTiling, operands: Operands, chip: Arithmetic) -> list[list[Any]]:
+    """Room for what the stages hand on, but for the last."""
+    extent = tiling.lying(tiling.group, tiling.chunk)
+    labels = operands.labels.dtype if task.labels == "dense" else jnp.dtype("bool")
+
+    def hand_on(logits: Array, labels: Array, scalars: Array | None) -> list[Any]:
+        bound = task.bind(scalars)
+        known, found = (), []
+        for stage in _stages(bound, tiling, labels.dtype, chip)[:-1]:
+            known = stage(known, Operands(logits, labels), None)
+            found.append(known)
+        return found
+
+    tile = (jax.ShapeDtypeStruct(extent, dtype) for dtype in (operands.logits.dtype, labels))
+    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, *tile, operands.scalars))
 
 
 def _quotient(n: Array, k: int) -> Array:
@@ -155,11 +209,11 @@ def _pack(ids, words, tiles: Array, pack: Callable[[Array], Array]) -> None:
     lax.fori_loop(jnp.int32(0), tiles, rows, None)
 
 
-def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output_names, scratch_names, *refs):
-    """One block. The refs are the inputs, the outputs and the scratch, in the order of their names."""
+def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, int], names, output_names, *refs):
+    """One block. The refs are the inputs and the outputs, in the order of their names, and the scratch."""
     inputs = dict(zip(names, refs, strict=False))
     outputs = dict(zip(output_names, refs[len(names) :], strict=False))
-    scratch = dict(zip(scratch_names, refs[len(names) + len(outputs) :], strict=True))
+    scratch, aside = refs[-2:]
     rows, classes = shape
     group, chunk = tiling.group, tiling.chunk
     i, j = pl.program_id(0), pl.program_id(1)
@@ -167,6 +221,7 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
     if "scalars" in inputs:
         scalars = inputs.pop("scalars")
         task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
+    stages = _stages(task, tiling, inputs["labels"].dtype, chip)
 
     # The bit of the block's first 128 classes: the words may be those of several blocks. Those that are made here begin
     # with the block.
@@ -210,37 +265,64 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
         ref = inputs[name]
         return ref[tuple(part if n > 1 else slice(None) for part, n in zip(at, ref.shape, strict=True))]
 
-    def evaluate(g, c, sums: Array | None, valid: Array | None) -> Array | None:
-        """Group g and chunk c of the block; returns the group's sums, lane by lane, with the chunk's added."""
-        at = tiling.lying(rows_of(g), classes_of(c))
-        tile = {name: load(name, at) for name in inputs if name != "labels" or task.labels == "dense"}
+    def tile_at(at: Position) -> Operands:
+        g, c = at
+        part = tiling.lying(rows_of(g), classes_of(c))
+        tile = {name: load(name, part) for name in inputs if name != "labels" or task.labels == "dense"}
         if task.labels != "dense":
             blocks = chunk // LANES
-            tile["labels"] = unpack_tile(inputs["labels"][at[0], :], first_bit + c * blocks, blocks)
-        value, gradient = task.evaluate(Operands(**tile), valid, _CHIP)
-        if "gradient" in outputs:
-            outputs["gradient"][at] = gradient.astype(outputs["gradient"].dtype)
+            tile["labels"] = unpack_tile(inputs["labels"][rows_of(g), :], first_bit + c * blocks, blocks)
+        return Operands(**tile)
+
+    def store(at: Position, result: Result) -> None:
+        g, c = at
+        part = tiling.lying(rows_of(g), classes_of(c))
+        if task.gradient:
+            outputs["gradient"][part] = result.gradient.astype(outputs["gradient"].dtype)
         if task.value == "elements":
-            outputs["value"][at] = value
-        if sums is None:
-            return None
-        parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
-        return sum((value[part] for part in parts), start=sums)
+            outputs["value"][part] = result.value
+        if task.value == "rows":
+            of_rows = tiling.lying(rows_of(g), slice(None))
+            parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
+            scratch["sums"][of_rows] = sum((result.value[part] for part in parts), start=scratch["sums"][of_rows])
 
-    def walk(chunks_of_group):
-        """Every group of the block that has rows."""
+    def walk(first: Array, last: Array, valid: Array | None) -> None:
+        """All groups of the block, and of each the chunks from the first to before the last."""
 
-        def one(g, _):
-            if "sums" not in scratch:
-                chunks_of_group(g, None)
-            else:
-                zero = jnp.zeros(tiling.lying(group, tiling.partial), jnp.float32)
-                scratch["sums"][tiling.lying(rows_of(g), slice(None))] += chunks_of_group(g, zero)
+        def after(at: Position) -> Position:
+            g, c = at
+            ends = c + 1 == last
+            # After the last tile some other comes, which never gets to the end.
+            return jnp.where(ends, jnp.minimum(g + 1, groups - 1), g), jnp.where(ends, first, c + 1)
 
-        lax.fori_loop(jnp.int32(0), groups, one, None)
+        def advance(tiles: list[Position]) -> None:
+            """Takes each tile, the youngest first, through the next of its stages."""
+            known = [(), *([ref[...] for ref in refs] for refs in aside)]
+            found = [stage(k, tile_at(at), valid) for stage, k, at in zip(stages, known, tiles, strict=False)]
+            if len(tiles) == len(stages):
+                store(tiles[-1], found.pop())
+            for refs, arrays in zip(aside, found, strict=False):
+                for ref, array in zip(refs, arrays, strict=True):
+                    ref[...] = array
+
+        def in_flight(oldest: Position) -> list[Position]:
+            tiles = [oldest]
+            for _ in aside:
+                tiles.insert(0, after(tiles[0]))
+            return tiles
+
+        def turn(_, oldest: Position) -> Position:
+            advance(in_flight(oldest))
+            return after(oldest)
+
+        start = jnp.int32(0), first
+        tiles = in_flight(start)
+        for busy in range(1, len(stages)):
+            advance(tiles[-busy:])
+        lax.fori_loop(jnp.int32(0), groups * (last - first), turn, start)
 
     whole = _quotient(jnp.minimum(tiling.classes, classes - j * tiling.classes), chunk)
-    walk(lambda g, zero: lax.fori_loop(jnp.int32(0), whole, lambda c, sums: evaluate(g, c, sums, None), zero))
+    walk(jnp.int32(0), whole, None)
 
     at_the_end = j == pl.num_programs(1) - 1
     if classes % chunk:
@@ -248,12 +330,12 @@ def _kernel(task: Task, tiling: TpuTiling, shape: tuple[int, int], names, output
         @pl.when(at_the_end)
         def _edge():
             of_class = lax.broadcasted_iota(jnp.int32, tiling.lying(group, chunk), tiling.classes_axis)
-            valid = of_class < classes % chunk
-            walk(lambda g, zero: evaluate(g, whole, zero, valid))
+            walk(whole, whole + 1, of_class < classes % chunk)
 
     if "sums" in scratch:
 
         @pl.when(at_the_end)
         def _finish():
             sums = scratch["sums"][...]
-            outputs["value"][...] = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
+            sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
+            outputs["value"][...] = sums if chip.clips else jnp.maximum(sums, 0.0)

@@ -84,3 +84,16 @@ def _lowering(platform: str) -> Callable[..., Any]:
 for _platform in PLATFORMS:
     mlir.register_lowering(_by_platform_p, _lowering(_platform), platform=_platform)
 mlir.register_lowering(_by_platform_p, _lowering("default"))
+
+
+def tpu_generation() -> int | None:
+    """Of the TPU that is compiled for, as far as JAX knows while it traces, else None.
+
+    It knows of this process's TPU, or without one of the mesh in jax.set_mesh or jax.sharding.use_abstract_mesh.
+    """
+    from jax.experimental.pallas import tpu as pltpu
+
+    try:
+        return pltpu.get_tpu_info().generation
+    except ValueError:  # not a TPU
+        return None

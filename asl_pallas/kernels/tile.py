@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.formula import EXACT, Arithmetic, Formula
+from asl_pallas.formula import EXACT, Arithmetic, Formula, evaluate
+from asl_pallas.formula import Step as FormulaStep
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]
-Side = Callable[[Array | bool], "Result"]
+# A part of a task: of what the part before it returned, a tile's operands, which of its elements are valid, the chip.
+Step = Callable[[Any, "Operands", "Array | None", Arithmetic], Any]
 
 
 class Operands(NamedTuple):
@@ -74,12 +76,7 @@ class Task:
         """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
         return self if scalars is None else dataclasses.replace(self, formula=self.formula.bind(tuple(scalars)))
 
-    def evaluate(
-        self,
-        tile: Operands,
-        valid: Array | None = None,
-        chip: Arithmetic = EXACT,
-    ) -> Result:
+    def evaluate(self, tile: Operands, valid: Array | None = None, chip: Arithmetic = EXACT) -> Result:
         """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
 
         Args:
@@ -88,55 +85,40 @@ class Task:
           valid: False for what lies beyond the array's edge.
           chip: its way of doing the arithmetic.
         """
-        dtype = compute_dtype(tile.logits.dtype)
-        x = tile.logits.astype(dtype)
-        labels = _comparable(tile.labels)
-        masks = [] if valid is None else [valid]
-        if tile.where is not None:
-            where = _comparable(tile.where)
-            masks.append(where if where.dtype == jnp.bool_ else where != 0)
-        if self.ignore_label is not None:
-            masks.append(labels != self.ignore_label)
-        keep = functools.reduce(jnp.logical_and, masks) if masks else None
-        if keep is not None:
-            # Before the formula as well as after it, or a masked NaN returns through the derivative of a select.
-            x = jnp.where(keep, x, jnp.zeros_like(x))
+        known: Any = ()
+        for step in self.steps(tile.labels.dtype):
+            known = step(known, tile, valid, chip)
+        return known
 
-        def side(positive: Array | bool) -> Result:
-            if not self.gradient:
-                return Result(self.formula.value(x, positive, chip), None)
-            if self.value is None:
-                return Result(None, self.formula.gradient(x, positive, chip))
-            return Result(*self.formula.value_and_gradient(x, positive, chip))
+    def steps(self, labels: jnp.dtype) -> tuple[Step, ...]:
+        """`evaluate` in parts: each takes what the one before it returned, and `evaluate`'s arguments."""
+        if self.is_soft(labels):
+            return (self._soft,)
+        *steps, last = self.formula.steps(self.gradient)
+        return *(functools.partial(self._begin, step) for step in steps), functools.partial(self._finish, last)
 
-        if jnp.issubdtype(labels.dtype, jnp.floating) or self.label_smoothing:
-            value, gradient = self._soft(side, labels, tile.pos_weight)
-        else:
-            value, gradient = self._hard(side, labels, tile.pos_weight)
+    def is_soft(self, labels: jnp.dtype) -> bool:
+        """Whether an element may be both: each side is evaluated, and they are mixed."""
+        return jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
 
-        if tile.weights is not None:
-            weights = tile.weights.astype(dtype)
-            value = None if value is None else value * weights
-            gradient = None if gradient is None else gradient * weights
-        if gradient is not None and tile.cotangent is not None:
-            gradient = gradient * tile.cotangent.astype(dtype)
-        if keep is not None:
-            value = None if value is None else jnp.where(keep, value, jnp.zeros_like(value))
-            gradient = None if gradient is None else jnp.where(keep, gradient, jnp.zeros_like(gradient))
-        return Result(value, gradient)
+    def _begin(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Any:
+        x, labels, _ = self._read(tile, valid)
+        return step(known, x, _is_positive(labels), chip)
 
-    def _hard(self, side: Side, labels: Array, pos_weight: Array | None) -> Result:
-        positive = labels if labels.dtype == jnp.bool_ else labels > 0
-        result = side(positive)
-        if pos_weight is None:
-            return result
-        return jax.tree.map(lambda part: part * jnp.where(positive, pos_weight.astype(part.dtype), 1.0), result)
+    def _finish(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
+        x, labels, keep = self._read(tile, valid)
+        positive = _is_positive(labels)
+        result = self._asked(step(known, x, positive, chip))
+        if tile.pos_weight is not None:
+            weight = tile.pos_weight
+            result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
+        return self._weighted(result, tile, keep)
 
-    def _soft(self, side: Side, labels: Array, pos_weight: Array | None) -> Result:
-        of_positive, of_negative = side(True), side(False)
-        y = labels
-        if not jnp.issubdtype(labels.dtype, jnp.floating):
-            y = labels if labels.dtype == jnp.bool_ else labels > 0
+    def _soft(self, _: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
+        x, labels, keep = self._read(tile, valid)
+        y = labels if jnp.issubdtype(labels.dtype, jnp.floating) else _is_positive(labels)
+        sides = (evaluate(self.formula, x, positive, chip, self.gradient) for positive in (True, False))
+        of_positive, of_negative = (self._asked(side) for side in sides)
 
         def mix(yes: Array, no: Array) -> Array:
             y_plus = y.astype(yes.dtype)
@@ -146,14 +128,52 @@ class Task:
             # A side without a share is left out even where it is infinite.
             yes = jnp.where(jnp.logical_and(y_plus == 0.0, yes == jnp.inf), 0.0, yes)
             no = jnp.where(jnp.logical_and(y_minus == 0.0, no == jnp.inf), 0.0, no)
-            return (y_plus if pos_weight is None else y_plus * pos_weight.astype(yes.dtype)) * yes + y_minus * no
+            weight = tile.pos_weight
+            return (y_plus if weight is None else y_plus * weight.astype(yes.dtype)) * yes + y_minus * no
 
-        return jax.tree.map(mix, of_positive, of_negative)
+        return self._weighted(jax.tree.map(mix, of_positive, of_negative), tile, keep)
+
+    def _read(self, tile: Operands, valid: Array | None) -> tuple[Array, Array, Array | None]:
+        """Logits in the compute dtype, labels that can be compared, and which elements count, None for all."""
+        x = tile.logits.astype(compute_dtype(tile.logits.dtype))
+        labels = _comparable(tile.labels)
+        masks = [] if valid is None else [valid]
+        if tile.where is not None:
+            where = _comparable(tile.where)
+            masks.append(where if where.dtype == jnp.bool_ else where != 0)
+        if self.ignore_label is not None:
+            masks.append(labels != self.ignore_label)
+        if not masks:
+            return x, labels, None
+        keep = functools.reduce(jnp.logical_and, masks)
+        # Before the formula as well as after it, or a masked NaN returns through the derivative of a select.
+        return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
+
+    def _asked(self, found: tuple[Array, ...]) -> Result:
+        value, *gradient = found
+        return Result(None if self.value is None else value, gradient[0] if self.gradient else None)
+
+    def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
+        value, gradient = result
+        if tile.weights is not None:
+            weights = tile.weights.astype(compute_dtype(tile.logits.dtype))
+            value = None if value is None else value * weights
+            gradient = None if gradient is None else gradient * weights
+        if gradient is not None and tile.cotangent is not None:
+            gradient = gradient * tile.cotangent.astype(gradient.dtype)
+        if keep is not None:
+            value = None if value is None else jnp.where(keep, value, jnp.zeros_like(value))
+            gradient = None if gradient is None else jnp.where(keep, gradient, jnp.zeros_like(gradient))
+        return Result(value, gradient)
 
 
 def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 for float64 logits."""
     return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)
+
+
+def _is_positive(labels: Array) -> Array:
+    return labels if labels.dtype == jnp.bool_ else labels > 0
 
 
 def _comparable(x: Array) -> Array:

@@ -1,11 +1,10 @@
 """Block shapes, from shapes and dtypes: the one place that knows them.
 
-Measured figures behind the constants. TPU v5e, bf16 logits and int8 labels, bundles per 1024 elements in the innermost
-loop: value and gradient 15.8, 13.1, 12.0 and 11.5 with chunks of 256, 512, 1024 and 2048 classes by 32 rows; the value
-alone 10.3, 9.1 and 9.6 with 256, 512 and 1024. With 80 classes, value and gradient take 19 in groups of 32 rows and
-12.6 in groups of 256; with 600, 20.5 in chunks of 128 and 16.6 in one of 640. With the rows along the lanes 11.5 for
-any shape of a tile of 64 K elements. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements
-take 7.5, 5.3, 4.8 and 5.4 ms.
+Measured figures behind the constants. TPU, bf16 logits and int8 labels, bundles per 1024 elements in the innermost loop
+and in brackets how often it spills or fills a register: value and gradient on v5e 11.4 (0) with two stages of 12
+registers, 11.1 (31) of 16, 10.8 (176) with one of 64; on v6e 10.9 (0), 10.2 (19) and 9.2 (275), on tpu7x 10.5 (0), 10.1
+(18) and 9.2 (210). The value alone on v5e 8.3 (0) with two stages of 16 registers, 8.2 (13) of 32 and 8.7 (10) with one
+of 16. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
 """
 
 from __future__ import annotations
@@ -14,29 +13,38 @@ import dataclasses
 import math
 from typing import Any
 
+from asl_pallas.bits import GROUP
+from asl_pallas.kernels.platforms import tpu_generation
 from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
 
 LANES = 128
 SUBLANES = 8
+_TPU_REGISTER = SUBLANES * LANES
 
 # What the TPU's vector unit has no registers for, and what XLA makes of it while the block is on its way in: by itself
 # Pallas would write a copy of a bool array in 32 bits.
 TPU_CONVERTED = {"bool": "int8"}
 
-# Two buffers a block operand, and room for the scratch, in the 16 MiB that a kernel gets without asking on v5e.
-_TPU_BLOCK_BYTES = 6 * 2**20
-# One group of rows is whole in every packing: 8 rows of 32 bits, 16 of 16, 32 of 8.
+# Two buffers a block operand, and room for the scratch, in the 16 MiB that a kernel gets without asking on v5e. What
+# XLA converts on the way in passes through buffers of its own; where they don't fit it writes a converted array to
+# memory instead: with 6 MiB of blocks it did on v5e, with 3 MiB it didn't.
+_TPU_BLOCK_BYTES = 11 * 2**20
+_TPU_CONVERTED_BLOCK_BYTES = 4 * 2**20
+# A block's beginning and end take some 250 cycles, and nothing hides how the first is read and the last written.
+# Together they are least where a block's buffers have the geometric mean of all bytes and about this many. A copy takes
+# a microsecond to start, so there is a least size too.
+_TPU_BALANCED_BYTES = 3 * 2**18
+_TPU_LEAST_BLOCK_BYTES = 2 * 2**20
+# Stages that a tile passes through, and what it may fill: registers of 1024 elements. With two stages what they have in
+# flight stays in registers, and what a turn's beginning and end leave idle, as much as two more registers cost, is
+# shared out among the tile's. With one, for soft labels and from v6e on, many registers hide how long operations take.
+_TPU_VALUE_STAGES = 2, 16
+_TPU_GRADIENT_STAGES = 2, 12
+_TPU_ONE_STAGE = 1, 64
+_TPU_IDLE_REGISTERS = 2
+# A group of rows is whole in every packing: 8 rows of 32 bits, 16 of 16, 32 of 8.
 _TPU_GROUP = 32
-_TPU_CLASSES = 4096
-# Up to here a row is not walked.
-_TPU_WHOLE_ROW = 1024
-# Chunks of classes, the first that fits best. A gradient's chain of dependent operations is long and wants many
-# registers in flight to hide it; a value's is short, and with more than 512 its masks leave their registers.
-_TPU_CHUNKS = {True: (2048, 1024, 512, 256, 128), False: (512, 256, 128)}
-# With the rows along the lanes: the elements of a tile, its classes, and the rows of a block, which are one piece of
-# memory for 8 classes.
-_TPU_TILE = {True: 64 * 1024, False: 16 * 1024}
-_TPU_TURNED_CHUNKS = (128, 64, 32)
+# With the rows along the lanes, the rows of a block, which are one piece of memory for 8 classes.
 _TPU_TURNED_ROWS = 2048
 # Below that, XLA's loop takes fewer bundles than the kernel with its two outer loops: 94 for 201 with 8 x 20 on v5e,
 # 198 for 241 with 64 x 80 on v6e, 218 for 356 with 16 x 600; with 32 x 600 it is 363 for 353.
@@ -80,6 +88,7 @@ class TpuTiling:
     group: int
     chunk: int
     turned: bool = False  # rows along the lanes, classes along the sublanes
+    stages: int = 2  # that tiles pass through, one behind the other
 
     def lying(self, of_rows: Any, of_classes: Any) -> tuple[Any, Any]:
         """Something of the rows and something of the classes, in the order in which their dimensions lie."""
@@ -126,51 +135,70 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     element_bytes = sum(operand.dtype.itemsize for operand in full)
     if task.gradient:
         element_bytes += operands.logits.dtype.itemsize
-    # What XLA converts on the way in passes through buffers of XLA's and a scratch. Where they don't fit it writes a
-    # converted array to memory instead: with 6 MiB of blocks it did on v5e, with 3 MiB it didn't.
-    element_bytes += 5 * sum(operand.dtype.name in TPU_CONVERTED for operand in full)
+    converted = sum(operand.dtype.name in TPU_CONVERTED for operand in full)
+    element_bytes += 5 * converted  # buffers of XLA's, and a scratch
     if task.value == "elements":
         element_bytes += compute_dtype(operands.logits.dtype).itemsize
-    if task.labels == "dense" and tpu_turned(rows, classes):
-        return _tpu_turned_tiling(rows, classes, task.gradient, _TPU_BLOCK_BYTES // (2 * element_bytes))
-    chunks = _TPU_CHUNKS[task.gradient]
-    most = _TPU_BLOCK_BYTES // (2 * element_bytes * LANES)  # classes of a block that has few rows
-    group = _TPU_GROUP
-    chunk = _round_up(classes, LANES)
-    if chunk <= min(most, max(chunks[0], _TPU_WHOLE_ROW)):
-        # A row is one chunk, and more rows, where there are any, fill the registers.
-        while group < rows and 2 * group * chunk <= _TPU_GROUP * chunks[0]:
-            group *= 2
+    if task.is_soft(operands.labels.dtype) or (task.gradient and (tpu_generation() or 0) >= 6):
+        stages, registers = _TPU_ONE_STAGE
     else:
-        # The widest chunk that leaves little of its last column of tiles empty.
-        chunk = next(c for c in chunks if c == LANES or (c <= most and _round_up(classes, c) <= 1.1 * classes))
-    block_classes = min(_TPU_CLASSES, most // chunk * chunk, _round_up(classes, chunk))
+        stages, registers = _TPU_GRADIENT_STAGES if task.gradient else _TPU_VALUE_STAGES
+    turned = task.labels == "dense" and tpu_turned(rows, classes)
+    balanced = math.isqrt(rows * classes * element_bytes * _TPU_BALANCED_BYTES)
+    largest = _TPU_CONVERTED_BLOCK_BYTES if converted else _TPU_BLOCK_BYTES
+    block_bytes = min(max(balanced, _TPU_LEAST_BLOCK_BYTES), largest)
+    most = block_bytes // (2 * element_bytes)  # elements of a block
+    tiles = _tpu_turned_tiles(classes, registers) if turned else _tpu_tiles(registers, task)
+    tiles = [(group, chunk) for group, chunk in tiles if _rows_of_block(group) * chunk <= most]
+    group, chunk = _cheapest(rows, classes, registers, tiles)
+    least = _rows_of_block(group)
+    if turned:
+        block_rows = max(min(_round_up(rows, least), _TPU_TURNED_ROWS // least * least), least)
+        block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
+        block_rows = min(_round_up(rows, least), max(most // block_classes // least * least, least))
+        return TpuTiling(block_rows, block_classes, group, chunk, True, stages)
+    block_classes = most // least if task.labels == "dense" else min(most // least, GROUP)
+    block_classes = max(block_classes // chunk * chunk, chunk)
+    block_classes = _round_up(math.ceil(classes / math.ceil(classes / block_classes)), chunk)
     if task.labels != "dense" and block_classes < classes:
         # The words of a block are those of one group, whole.
         block_classes = 1 << (block_classes.bit_length() - 1)
-    least = max(group, LANES)
     row_bytes = 2 * element_bytes * block_classes
     if task.labels == "packed":
         row_bytes += 2 * LANES * 4  # a group's words
     if task.labels == "sparse":
         row_bytes += 2 * tpu_ids(operands.labels.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
-    block_rows = max(_TPU_BLOCK_BYTES // row_bytes // least * least, least)
-    return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk)
+    block_rows = max(block_bytes // row_bytes // least * least, least)
+    return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk, False, stages)
 
 
-def _tpu_turned_tiling(rows: int, classes: int, gradient: bool, most: int) -> TpuTiling:
-    """Blocks of at most `most` elements, or of one tile."""
-    tile = min(_TPU_TILE[gradient], most)
-    chunk = _round_up(classes, SUBLANES)
-    if chunk > _TPU_TURNED_CHUNKS[0]:
-        chunk = min(_TPU_TURNED_CHUNKS, key=lambda c: (_round_up(classes, c), -c))
-    group = LANES
-    while group < rows and 2 * group * chunk <= tile:
-        group *= 2
-    block_rows = max(min(_round_up(rows, group), _TPU_TURNED_ROWS), group)
-    block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
-    block_rows = min(_round_up(rows, group), max(most // block_classes // group * group, group))
-    return TpuTiling(block_rows, block_classes, group, chunk, turned=True)
+def _rows_of_block(group: int) -> int:
+    """The fewest: a block has vectors over its rows, along the lanes."""
+    return math.lcm(group, LANES)
+
+
+def _tpu_tiles(registers: int, task: Task) -> list[tuple[int, int]]:
+    chunks = [LANES * n for n in range(1, registers + 1)]
+    if task.labels != "dense":
+        chunks = [chunk for chunk in chunks if GROUP % chunk == 0]  # of a group of words none is left over
+    return [(group, chunk) for chunk in chunks for group in range(_TPU_GROUP, SUBLANES * registers + 1, _TPU_GROUP)]
+
+
+def _tpu_turned_tiles(classes: int, registers: int) -> list[tuple[int, int]]:
+    chunks = [_TPU_GROUP * n for n in range(1, registers + 1)]
+    chunks.append(min(_round_up(classes, SUBLANES), SUBLANES * registers))
+    return [(LANES * n, chunk) for chunk in chunks for n in range(1, registers + 1)]
+
+
+def _cheapest(rows: int, classes: int, registers: int, tiles: list[tuple[int, int]]) -> tuple[int, int]:
+    """Of the tiles that fit the registers, the one that leaves least idle, beyond the array and between turns."""
+
+    def cost(tile: tuple[int, int]) -> tuple[float, int]:
+        group, chunk = tile
+        turns = math.ceil(rows / group) * math.ceil(classes / chunk)
+        return turns * (group * chunk / _TPU_REGISTER + _TPU_IDLE_REGISTERS), -chunk
+
+    return min((tile for tile in tiles if math.prod(tile) <= registers * _TPU_REGISTER), key=cost)
 
 
 def tpu_ids(k: int) -> int:

@@ -11,13 +11,16 @@ import jax
 from jax import Array, lax
 
 
-def reciprocal(x: Array) -> Array:
-    """1 / x as the TPU at hand does it best, for finite x whose reciprocal is finite. Moved to pallas.tpu in 0.11."""
+def reciprocal(x: Array, *, approx: bool = False) -> Array:
+    """1 / x as a TPU does it, for finite x whose reciprocal is finite. Moved to pallas.tpu in 0.11.
+
+    To half a unit in the last place or nearly, or as the chip's own estimate, which is as good from v6e on.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
     module = pltpu if hasattr(pltpu, "reciprocal") else pl
-    return module.reciprocal(x, full_range=False)
+    return module.reciprocal(x, approx=True) if approx else module.reciprocal(x, full_range=False)
 
 
 def vary_alike(operands: Any) -> Any:
