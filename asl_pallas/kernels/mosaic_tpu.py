@@ -322,7 +322,10 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         lax.fori_loop(jnp.int32(0), groups * (last - first), turn, start)
 
     whole = _quotient(jnp.minimum(tiling.classes, classes - j * tiling.classes), chunk)
-    walk(jnp.int32(0), whole, None)
+
+    @pl.when(whole > 0)
+    def _whole():
+        walk(jnp.int32(0), whole, None)
 
     at_the_end = j == pl.num_programs(1) - 1
     if classes % chunk:
