@@ -49,17 +49,20 @@ class Arithmetic:
     """What chips do at different costs. A kernel passes its own; a NaN has to come through as one.
 
     Attributes:
-      exp: of numbers between -80 and 80 in float32.
+      per_nat: the logarithm of e to the base of `exp` and `log`: 1, or log2(e) for a chip whose own base is 2.
+      exp: of numbers between -80 and 80 times `per_nat` in float32.
       log, reciprocal: of numbers between 1e-35 and 1e35. The logarithm alone need not keep a NaN.
-      log1p: of numbers between -0.5 and 0.
+      log1p: natural, of numbers between -0.5 and 0.
       quotient: of any numbers, to half a unit in the last place or nearly.
       at_least, at_most: the larger, or smaller, of an array and a bound. By selects: as one instruction max and min
         drop a NaN on a GPU, and jnp's, which keep it, are five on a CPU.
       constant: what has no derivative.
-      clips: a loss that a rounding takes below 0 becomes 0; not needed by a kernel that does that with their sum.
-      labels_by_slope: the last step of value and gradient tells a positive by its slope's sign, not from its label.
+      by_element: losses have their sign and unit and are never below 0. A kernel that adds them up can do without: it
+        multiplies the sum by `Formula.unit`, and takes 0 for what a rounding took below.
+      labels_by_results: the last step tells a positive by what it is handed, not from its label.
     """
 
+    per_nat: float = 1.0
     exp: Callable[[Array], Array] = jnp.exp
     log: Callable[[Array], Array] = jnp.log
     log1p: Callable[[Array], Array] = jnp.log1p
@@ -68,8 +71,8 @@ class Arithmetic:
     at_least: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
     at_most: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
     constant: Callable[[Array], Array] = lax.stop_gradient
-    clips: bool = True
-    labels_by_slope: bool = False
+    by_element: bool = True
+    labels_by_results: bool = False
 
 
 EXACT = Arithmetic()
@@ -83,10 +86,13 @@ Step = Callable[[Any, Array, "Array | bool", Arithmetic], tuple[Array, ...]]
 class Formula(Protocol):
     """What a kernel asks of a loss. `positive` is a bool array like `logit`, or a Python bool for one side only.
 
-    Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these.
+    Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these. `unit` is
+    what the last one's values have to be multiplied by, for a chip that wants no losses by element.
     """
 
     def steps(self, gradient: bool) -> tuple[Step, ...]: ...
+
+    def unit(self, gradient: bool, chip: Arithmetic) -> float: ...
 
     def traced(self) -> tuple[str, ...]: ...
 
@@ -122,6 +128,9 @@ class AsymmetricLoss:
     x = -1e4 has the loss 1e4 and the slope -1. Loss and slope are finite wherever the mathematics is, for infinite
     logits too, and NaN for a NaN. The slope's own derivative, by autodiff, is right.
 
+    u and the logarithm are in the chip's units, of which `per_nat` make one of the natural logarithm's; they leave
+    with the constants of other factors.
+
     Attributes:
       gamma_neg, gamma_pos: focusing exponents, >= 0.
       clip: probability margin in [0, 1).
@@ -151,67 +160,109 @@ class AsymmetricLoss:
 
     def steps(self, gradient: bool) -> tuple[Step, ...]:
         if gradient:
-            return self._exponential, self._probabilities, self._value_and_slope
-        return self._exponential, self._value
+            return self._exponential, self._probabilities, self._remainder, self._value_and_slope
+        return self._exponential_of_right, self._probability, self._value
+
+    def unit(self, gradient: bool, chip: Arithmetic) -> float:
+        return 1.0 if gradient else -1.0 / chip.per_nat
+
+    # Value and slope, from the wrong answer's logit.
 
     def _exponential(self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
-        u = logit * _sign(positive, logit.dtype)
-        limit = _LIMIT[logit.dtype.itemsize]
-        return u, chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
+        u = logit * _sign(positive, chip.per_nat, logit.dtype)
+        return u, _bounded_exp(u, chip)
 
     def _probabilities(
         self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
     ) -> tuple[Array, Array, Array, Array]:
-        """Of u and exp(u): m, the slope dw/dx, whose sign is the label's, u and 1 / (1 - m)."""
+        """Of u and exp(u): the slope du/dx dw/du, whose sign is the label's, 1 - m, u and m."""
         u, e = known
-        right, wrong = _right_and_wrong(e, chip)
-        m, rest = self._less_margin(wrong, right, positive, chip)
-        over = 1.0 + e if rest is right else chip.reciprocal(rest)
-        return m, right * wrong * _sign(positive, logit.dtype), u, over
+        right = chip.reciprocal(1.0 + e)
+        wrong = e * right
+        m, rest = self._less_margin(wrong, right, self._margin(positive, logit.dtype), chip)
+        if rest is right:
+            rest = 1.0 + e  # its reciprocal, since that is here
+        return right * wrong * _sign(positive, chip.per_nat, logit.dtype), rest, u, m
 
-    def _value(
-        self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
-    ) -> tuple[Array]:
-        u, e = known
-        right, wrong = _right_and_wrong(e, chip)
-        m, rest = self._less_margin(wrong, right, positive, chip)
-        log = self._careful(-chip.log(rest) if self._is_focused else -jnp.log(rest), m, chip)
-        return (self._power(m, positive, chip) * chip.at_least(log, self._line(u, positive)),)
+    def _remainder(
+        self, known: tuple[Array, Array, Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
+    ) -> tuple[Array, Array, Array, Array]:
+        """1 / (1 - m), the one factor that only the last step asks for."""
+        slope, rest, u, m = known
+        return slope, m, rest if self._margin(positive, m.dtype) is None else chip.reciprocal(rest), u
 
     def _value_and_slope(
         self, known: tuple[Array, Array, Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
     ) -> tuple[Array, Array]:
-        m, slope, u, over = known
-        if chip.labels_by_slope and not isinstance(positive, bool):
+        slope, m, over, u = known
+        if chip.labels_by_results and not isinstance(positive, bool):
             positive = slope < 0.0
-        log = self._careful(chip.log(over) if self._is_focused else jnp.log(over), m, chip)
-        loss = chip.at_least(log, self._line(u, positive))
-        focus = self._power(m, positive, chip)
+        log = self._careful(chip.log(over) if self._is_focused else jnp.log(over) * chip.per_nat, m, 1.0, chip)
+        # Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more.
+        loss = self._where_unbounded(positive, chip.at_least(log, u), log)
+        focus = self._power(m, positive, 1.0 / chip.per_nat)
         if self.stop_focus_gradient:
             focus = chip.constant(focus) if isinstance(focus, Array) else focus
         value = focus * loss
-        focusing = 0.0 if self.stop_focus_gradient else self._power(m, positive, chip, derived=True)
-        return value, slope * (focus * over + focusing * log)
+        if self.stop_focus_gradient:
+            return value, slope * (focus * over)
+        return value, slope * (focus * over + self._power_derived(m, positive, 1.0 / chip.per_nat**2, chip) * log)
 
-    def _less_margin(self, wrong: Array, right: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
+    # The value alone, from the right answer's logit: log(1 - m) has no reciprocal to wait for.
+
+    def _exponential_of_right(
+        self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic
+    ) -> tuple[Array, Array]:
+        v = logit * _sign(positive, -chip.per_nat, logit.dtype)
+        return v, _bounded_exp(v, chip)
+
+    def _probability(
+        self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
+    ) -> tuple[Array, ...]:
+        """Of v and exp(v): 1 - m, v, m, and the margin where there is one."""
+        v, e = known
+        wrong = chip.reciprocal(1.0 + e)
+        margin = self._margin(positive, logit.dtype)
+        m, rest = self._less_margin(wrong, e * wrong, margin, chip)
+        return (rest, v, m) if margin is None else (rest, v, margin, m)
+
+    def _value(self, known: tuple[Array, ...], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array]:
+        rest, v, *margin, m = known
+        if margin and chip.labels_by_results and _is_static(self.clip) and not isinstance(positive, bool):
+            positive = margin[0] == 0.0
+        log = self._careful(chip.log(rest) if self._is_focused else jnp.log(rest) * chip.per_nat, m, -1.0, chip)
+        value = self._power(m, positive) * self._where_unbounded(positive, chip.at_most(log, v), log)
+        return (0.0 - _scaled(value, -self.unit(False, chip)) if chip.by_element else value,)
+
+    # What both have in common.
+
+    def _margin(self, positive: Array | bool, dtype: Any) -> Any:
+        """c, or None where it is 0 everywhere."""
+        return None if not self._has_margin or positive is True else _select(positive, 0.0, self.clip, dtype)
+
+    def _less_margin(self, wrong: Array, right: Array, margin: Any, chip: Arithmetic) -> tuple[Array, Array]:
         """m, and 1 - m as (1 - w) + c, without cancellation. Rounding can take it past 1."""
-        if not self._has_margin or positive is True:
+        if margin is None:
             return wrong, right
-        margin = _select(positive, 0.0, self.clip, wrong.dtype)
         return chip.at_least(wrong - margin, 0.0), right + margin
 
-    def _careful(self, log: Array, m: Array, chip: Arithmetic) -> Array:
-        """-log(1 - m), at least 0."""
+    def _careful(self, log: Array, m: Array, sign: float, chip: Arithmetic) -> Array:
+        """sign * -log(1 - m), of that sign."""
         if not self._is_focused:
             # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
-            log = jnp.where(m < 0.5, -chip.log1p(-chip.at_most(m, 0.5)), log)
-        return log if self._is_steep and not chip.clips else chip.at_least(log, 0.0)
+            small = chip.log1p(-chip.at_most(m, 0.5)) * (-sign * chip.per_nat)
+            log = jnp.where(m < 0.5, small, log)
+        if self._is_steep and not chip.by_element:
+            return log
+        return chip.at_least(log, 0.0) if sign > 0 else chip.at_most(log, 0.0)
 
-    def _line(self, u: Array, positive: Array | bool) -> Array | float:
-        """What -log(1 - m) is where exp(u) is at its limit, and a lower bound elsewhere: u, without a margin."""
+    def _where_unbounded(self, positive: Array | bool, yes: Array, no: Array) -> Array:
+        """Without a margin -log(1 - m) grows with u for ever: on both sides, or on the positives' alone."""
+        if not self._has_margin:
+            return yes
         if _is_static(self.clip):
-            return u if not self._has_margin else _select(positive, u, 0.0)
-        return _select(_select(positive, 0.0, self.clip, u.dtype) == 0.0, u, 0.0)
+            return _select(positive, yes, no)
+        return jnp.where(_select(positive, 0.0, self.clip, yes.dtype) == 0.0, yes, no)
 
     @property
     def _has_margin(self) -> bool:
@@ -227,38 +278,54 @@ class AsymmetricLoss:
         """Where m is 0, so is a negative's m^(g - 1): a logarithm below 0 by a rounding does nothing there."""
         return self._is_focused and self.gamma_neg >= 2
 
-    def _power(self, m: Array, positive: Array | bool, chip: Arithmetic, derived: bool = False) -> Array | float:
-        """m^gamma of the element's own side, 0 below the margin; or its derivative, gamma * m^(gamma - 1)."""
+    def _power(self, m: Array, positive: Array | bool, scale: float = 1.0) -> Array | float:
+        """m^gamma of the element's own side, 0 below the margin, times a constant."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
-        if not all(_is_chain(gamma) for gamma in sides):
-            gamma = _select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
-            inside = m > 0.0
-            base = jnp.where(inside, m, 1.0)
-            power = jnp.where(inside, jnp.exp(gamma * jnp.log(base)), 0.0)
-            return gamma * chip.quotient(power, base) if derived else power
-
-        def power_of(gamma: float) -> Array | float:
-            if derived:
-                return gamma * _power(m, gamma - 1) if gamma else 0.0
-            if gamma == 0 and self._has_margin:
-                return jnp.where(m > 0.0, 1.0, m)  # a NaN stays one
-            return _power(m, gamma)
-
-        of_positive, of_negative = map(power_of, sides)
+        if not all(map(_is_chain, sides)):
+            return _scaled(self._any_power(m, positive)[0], scale)
+        of_positive, of_negative = (_power(m, gamma, scale, self._has_margin) for gamma in sides)
         return _select(positive, of_positive, of_negative, m.dtype)
 
+    def _power_derived(self, m: Array, positive: Array | bool, scale: float, chip: Arithmetic) -> Array | float:
+        """gamma * m^(gamma - 1), times a constant."""
+        sides = _sides(positive, self.gamma_pos, self.gamma_neg)
+        if not all(map(_is_chain, sides)):
+            power, base, gamma = self._any_power(m, positive)
+            return _scaled(gamma * chip.quotient(power, base), scale)
+        of_positive, of_negative = (_scaled(_chain(m, gamma - 1), gamma * scale) if gamma else 0.0 for gamma in sides)
+        return _select(positive, of_positive, of_negative, m.dtype)
 
-def _sign(positive: Array | bool, dtype: Any) -> Array | float:
-    return _select(positive, -1.0, 1.0, dtype)
+    def _any_power(self, m: Array, positive: Array | bool) -> tuple[Array, Array, Array | float]:
+        """m^gamma, m or a 1 where it is 0, and gamma."""
+        gamma = _select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
+        inside = m > 0.0
+        base = jnp.where(inside, m, 1.0)
+        return jnp.where(inside, jnp.exp(gamma * jnp.log(base)), 0.0), base, gamma
 
 
-def _right_and_wrong(e: Array, chip: Arithmetic) -> tuple[Array, Array]:
-    """The probabilities of the right answer and of the wrong one, of exp(u), each to its own relative precision."""
-    right = chip.reciprocal(1.0 + e)
-    return right, e * right
+def _sign(positive: Array | bool, of_negative: float, dtype: Any) -> Array | float:
+    return _select(positive, -of_negative, of_negative, dtype)
 
 
-def _power(m: Array, n: float) -> Array | float:
+def _bounded_exp(u: Array, chip: Arithmetic) -> Array:
+    limit = _LIMIT[u.dtype.itemsize] * chip.per_nat
+    return chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
+
+
+def _scaled(x: Array | float, scale: float) -> Array | float:
+    return x if scale == 1.0 else x * scale
+
+
+def _power(m: Array, n: float, scale: float, has_margin: bool) -> Array | float:
+    """scale * m^n. 0^0 is 0, since beyond the margin nothing counts."""
+    if n == 0 and has_margin:
+        return jnp.where(m > 0.0, scale, m)  # a NaN stays one
+    if n < 2 or scale == 1.0:
+        return _scaled(_chain(m, n), scale)
+    return m * scale * _chain(m, n - 1)  # which the derivative has too
+
+
+def _chain(m: Array, n: float) -> Array | float:
     if n in (0, 1):
         return m if n else 1.0
     return lax.integer_pow(m, int(n))

@@ -25,7 +25,7 @@ from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.platforms import tpu_generation
 from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
-from asl_pallas.kernels.versions import reciprocal, result_like
+from asl_pallas.kernels.versions import binary, reciprocal, result_like
 
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
@@ -145,8 +145,9 @@ def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
         reciprocal=_refined_reciprocal if refines else reciprocal,
         at_least=jnp.maximum,
         at_most=jnp.minimum,
-        clips=task.value != "rows" or weighted,
-        labels_by_slope=True,
+        by_element=task.value != "rows" or weighted or task.is_soft(operands.labels.dtype),
+        labels_by_results=True,
+        **binary(),
     )
 
 
@@ -157,9 +158,8 @@ def _refined_reciprocal(x: Array) -> Array:
 
 
 def _stages(task: Task, tiling: TpuTiling, labels: jnp.dtype, chip: Arithmetic) -> list[Stage]:
-    """The task's steps, of which the first ones may make one stage."""
+    """The task's steps in two stages, or in one if there are no more than the first takes."""
     steps = task.steps(labels)
-    together = max(len(steps) - tiling.stages, 0) + 1
 
     def stage(steps: Sequence[Step]) -> Stage:
         def run(known: Any, tile: Operands, valid: Array | None) -> Any:
@@ -169,7 +169,7 @@ def _stages(task: Task, tiling: TpuTiling, labels: jnp.dtype, chip: Arithmetic) 
 
         return run
 
-    return [stage(steps[:together]), *(stage([step]) for step in steps[together:])]
+    return [stage(part) for part in (steps[: tiling.first], steps[tiling.first :]) if part]
 
 
 def _aside(task: Task, tiling: TpuTiling, operands: Operands, chip: Arithmetic) -> list[list[Any]]:
@@ -284,7 +284,9 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         if task.value == "rows":
             of_rows = tiling.lying(rows_of(g), slice(None))
             parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
-            scratch["sums"][of_rows] = sum((result.value[part] for part in parts), start=scratch["sums"][of_rows])
+            first, *others = (result.value[part] for part in parts)
+            # To be read at the end: what a tile's sum began with would be in a register from the tile's beginning on.
+            scratch["sums"][of_rows] = scratch["sums"][of_rows] + sum(others, start=first)
 
     def walk(first: Array, last: Array, valid: Array | None) -> None:
         """All groups of the block, and of each the chunks from the first to before the last."""
@@ -341,4 +343,7 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         def _finish():
             sums = scratch["sums"][...]
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
-            outputs["value"][...] = sums if chip.clips else jnp.maximum(sums, 0.0)
+            if not chip.by_element:
+                sums = sums * task.formula.unit(task.gradient, chip)
+                sums = jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
+            outputs["value"][...] = sums

@@ -35,12 +35,13 @@ _TPU_CONVERTED_BLOCK_BYTES = 4 * 2**20
 # a microsecond to start, so there is a least size too.
 _TPU_BALANCED_BYTES = 3 * 2**18
 _TPU_LEAST_BLOCK_BYTES = 2 * 2**20
-# Stages that a tile passes through, and what it may fill: registers of 1024 elements. With two stages what they have in
-# flight stays in registers, and what a turn's beginning and end leave idle, as much as two more registers cost, is
-# shared out among the tile's. With one, for soft labels and from v6e on, many registers hide how long operations take.
-_TPU_VALUE_STAGES = 2, 16
-_TPU_GRADIENT_STAGES = 2, 12
-_TPU_ONE_STAGE = 1, 64
+# How many of the formula's steps the first of a tile's two stages has, and what the tile may fill: registers of 1024
+# elements. More of them spill; fewer leave a larger share idle at a turn's beginning and end, which take as long as two
+# registers. On a v5 the reciprocal of 1 - m is refined, and belongs to the first stage. Soft labels have one step.
+_TPU_VALUE = 2, 16
+_TPU_GRADIENT = 2, 16
+_TPU_GRADIENT_REFINED = 3, 12
+_TPU_SOFT = 1, 64
 _TPU_IDLE_REGISTERS = 2
 # A group of rows is whole in every packing: 8 rows of 32 bits, 16 of 16, 32 of 8.
 _TPU_GROUP = 32
@@ -88,7 +89,7 @@ class TpuTiling:
     group: int
     chunk: int
     turned: bool = False  # rows along the lanes, classes along the sublanes
-    stages: int = 2  # that tiles pass through, one behind the other
+    first: int = 1  # how many of the formula's steps the first of two stages has, if there are more
 
     def lying(self, of_rows: Any, of_classes: Any) -> tuple[Any, Any]:
         """Something of the rows and something of the classes, in the order in which their dimensions lie."""
@@ -139,10 +140,12 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     element_bytes += 5 * converted  # buffers of XLA's, and a scratch
     if task.value == "elements":
         element_bytes += compute_dtype(operands.logits.dtype).itemsize
-    if task.is_soft(operands.labels.dtype) or (task.gradient and (tpu_generation() or 0) >= 6):
-        stages, registers = _TPU_ONE_STAGE
+    if task.is_soft(operands.labels.dtype):
+        first, registers = _TPU_SOFT
+    elif task.gradient:
+        first, registers = _TPU_GRADIENT if (tpu_generation() or 0) >= 6 else _TPU_GRADIENT_REFINED
     else:
-        stages, registers = _TPU_GRADIENT_STAGES if task.gradient else _TPU_VALUE_STAGES
+        first, registers = _TPU_VALUE
     turned = task.labels == "dense" and tpu_turned(rows, classes)
     balanced = math.isqrt(rows * classes * element_bytes * _TPU_BALANCED_BYTES)
     largest = _TPU_CONVERTED_BLOCK_BYTES if converted else _TPU_BLOCK_BYTES
@@ -156,7 +159,7 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         block_rows = max(min(_round_up(rows, least), _TPU_TURNED_ROWS // least * least), least)
         block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
         block_rows = min(_round_up(rows, least), max(most // block_classes // least * least, least))
-        return TpuTiling(block_rows, block_classes, group, chunk, True, stages)
+        return TpuTiling(block_rows, block_classes, group, chunk, True, first)
     block_classes = most // least if task.labels == "dense" else min(most // least, GROUP)
     block_classes = max(block_classes // chunk * chunk, chunk)
     block_classes = _round_up(math.ceil(classes / math.ceil(classes / block_classes)), chunk)
@@ -169,7 +172,7 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     if task.labels == "sparse":
         row_bytes += 2 * tpu_ids(operands.labels.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
     block_rows = max(block_bytes // row_bytes // least * least, least)
-    return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk, False, stages)
+    return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk, False, first)
 
 
 def _rows_of_block(group: int) -> int:

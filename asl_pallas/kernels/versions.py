@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +22,16 @@ def reciprocal(x: Array, *, approx: bool = False) -> Array:
 
     module = pltpu if hasattr(pltpu, "reciprocal") else pl
     return module.reciprocal(x, approx=True) if approx else module.reciprocal(x, full_range=False)
+
+
+def binary() -> dict[str, Any]:
+    """What an `Arithmetic` is told of exponentials and logarithms to the base 2, which are a TPU's own.
+
+    JAX 0.10 hands Mosaic no logarithm but the natural one, which the chip multiplies.
+    """
+    if not hasattr(lax, "log2"):
+        return {}
+    return {"per_nat": math.log2(math.e), "exp": lax.exp2, "log": lax.log2}
 
 
 def vary_alike(operands: Any) -> Any:
