@@ -197,7 +197,9 @@ class AsymmetricLoss:
         slope, m, over, u = known
         if chip.labels_by_results and not isinstance(positive, bool):
             positive = slope < 0.0
-        log = self._careful(chip.log(over) if self._is_focused else jnp.log(over) * chip.per_nat, m, 1.0, chip)
+        log = self._log(over, m, 1.0, chip)
+        if chip.by_element or not self._is_steep:
+            log = chip.at_least(log, 0.0)
         # Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more.
         loss = self._where_unbounded(positive, chip.at_least(log, u), log)
         focus = self._power(m, positive, 1.0 / chip.per_nat)
@@ -219,20 +221,24 @@ class AsymmetricLoss:
     def _probability(
         self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
     ) -> tuple[Array, ...]:
-        """Of v and exp(v): 1 - m, v, m, and the margin where there is one."""
+        """Of v and exp(v): 1 - m, the margin where there is one, m and v."""
         v, e = known
         wrong = chip.reciprocal(1.0 + e)
         margin = self._margin(positive, logit.dtype)
         m, rest = self._less_margin(wrong, e * wrong, margin, chip)
-        return (rest, v, m) if margin is None else (rest, v, margin, m)
+        return (rest, m, v) if margin is None else (rest, margin, m, v)
 
     def _value(self, known: tuple[Array, ...], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array]:
-        rest, v, *margin, m = known
+        rest, *margin, m, v = known
         if margin and chip.labels_by_results and _is_static(self.clip) and not isinstance(positive, bool):
             positive = margin[0] == 0.0
-        log = self._careful(chip.log(rest) if self._is_focused else jnp.log(rest) * chip.per_nat, m, -1.0, chip)
-        value = self._power(m, positive) * self._where_unbounded(positive, chip.at_most(log, v), log)
-        return (0.0 - _scaled(value, -self.unit(False, chip)) if chip.by_element else value,)
+        log = self._log(rest, m, -1.0, chip)
+        # Where exp(v) is at its limit, a positive's logarithm is v, and elsewhere it is less; anyone's is at most 0.
+        loss = chip.at_most(log, self._where_unbounded(positive, v, 0.0))
+        if chip.by_element and not (self._has_margin and _is_static(self.clip)):
+            loss = chip.at_most(loss, 0.0)
+        value = loss * self._power(m, positive)
+        return (0.0 - value * -self.unit(False, chip) if chip.by_element else value,)
 
     # What both have in common.
 
@@ -246,17 +252,14 @@ class AsymmetricLoss:
             return wrong, right
         return chip.at_least(wrong - margin, 0.0), right + margin
 
-    def _careful(self, log: Array, m: Array, sign: float, chip: Arithmetic) -> Array:
-        """sign * -log(1 - m), of that sign."""
-        if not self._is_focused:
-            # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
-            small = chip.log1p(-chip.at_most(m, 0.5)) * (-sign * chip.per_nat)
-            log = jnp.where(m < 0.5, small, log)
-        if self._is_steep and not chip.by_element:
-            return log
-        return chip.at_least(log, 0.0) if sign > 0 else chip.at_most(log, 0.0)
+    def _log(self, z: Array, m: Array, sign: float, chip: Arithmetic) -> Array:
+        """log(z), where z is 1 / (1 - m), or 1 - m for a sign of -1."""
+        if self._is_focused:
+            return chip.log(z)
+        # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
+        return jnp.where(m < 0.5, -sign * chip.log1p(-chip.at_most(m, 0.5)), jnp.log(z)) * chip.per_nat
 
-    def _where_unbounded(self, positive: Array | bool, yes: Array, no: Array) -> Array:
+    def _where_unbounded(self, positive: Array | bool, yes: Array, no: Any) -> Array:
         """Without a margin -log(1 - m) grows with u for ever: on both sides, or on the positives' alone."""
         if not self._has_margin:
             return yes

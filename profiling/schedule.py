@@ -123,8 +123,8 @@ def turns_of(schedule: targets.Schedule, target: str, task: Task, operands: Oper
         of_tiles.append(groups)
     exponentials = [name for name, _ in schedule.units].index("EUP")
     in_block = max(loop.depth for loop in schedule.loops if loop.used[exponentials])
-    # Words are made of ids, 128 rows at a time, and some of their ids at a time.
-    words = math.ceil(rows / LANES) * math.ceil(classes / tiling.classes)
+    # Words are made of ids, 128 rows at a time, and some of their ids at a time, once for all blocks that share them.
+    words = math.ceil(rows / LANES) * math.ceil(math.ceil(classes / tiling.classes) / tiling.blocks_of_words)
     found = []
     for loop in schedule.loops:
         of_block = loop.depth == in_block > 0 and loop.bundles > _WAITING

@@ -282,37 +282,37 @@ def test_a_host_without_an_accelerator_exports_the_kernels():
 
 
 def test_on_v5e_1024_elements_take_twelve_cycles_nothing_spills_and_few_labels_cost_hardly_more():
-    """By the compiler's own schedule, all loops counted: 11.96, with a tenth for another compiler. Packed 0.25 more, 16
-    ids a row 1.35."""
+    """By the compiler's own schedule, all loops counted: 11.97 on jax 0.10, 11.54 on 0.12, with a tenth for another
+    compiler. Packed 0.25 more, 16 ids a row 1.5."""
     available("v5e")
     line, spills, *few = bounds.schedule_on_v5e()
     assert 9 < line.figure <= 13.2
     assert spills.figure == 0
-    assert len(few) == 2 and all(-1 < more.figure <= more.bound for more in few)
+    assert len(few) == 2 and all(-1 < more.figure <= 1.1 * more.bound for more in few)
 
 
 @pytest.mark.parametrize(
-    ("target", "logits", "mode", "bundles", "spills"),
+    ("target", "logits", "mode", "bundles"),
     [
-        ("v5e", "float32", cases.GRADIENT, 12.3, False),  # no more than bfloat16's 12.0 and a half
-        ("v5e", "bfloat16", cases.FORWARD, 8.6, False),
-        ("v6e", "bfloat16", cases.GRADIENT, 9.5, True),
-        ("v6e", "bfloat16", cases.FORWARD, 8.2, False),
-        ("tpu7x", "bfloat16", cases.GRADIENT, 9.4, True),
+        ("v5e", "float32", cases.GRADIENT, 11.7),  # no more than bfloat16's 12.0 and a half
+        ("v5e", "bfloat16", cases.FORWARD, 8.0),
+        ("v6e", "bfloat16", cases.GRADIENT, 9.7),
+        ("v6e", "bfloat16", cases.FORWARD, 7.7),
+        ("tpu7x", "bfloat16", cases.GRADIENT, 9.5),
+        ("tpu7x", "bfloat16", cases.FORWARD, 7.3),
     ],
 )
-def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, logits, mode, bundles, spills):
-    """As profiling/results have them, with a tenth for another compiler. From v6e on value and gradient spill, and are
-    the faster for it: without, 11.0."""
+def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, logits, mode, bundles):
+    """As profiling/results have them, with a tenth for another compiler."""
     available(target)
     case = dataclasses.replace(cases.ON_CHIP, logits=logits)
     figures = schedule.on_tpu(target, case, contenders.default(target), mode)
     assert bundles / 2 < figures["bundles_per_1024"] <= 1.1 * bundles
-    assert spills or figures["spills"] == 0
+    assert figures["spills"] == 0
 
 
 @pytest.mark.parametrize(
-    ("shape", "logits", "bundles"), [((4096, 9605), "bfloat16", 12.0), ((262144, 80), "float32", 11.7)]
+    ("shape", "logits", "bundles"), [((4096, 9605), "bfloat16", 11.9), ((262144, 80), "float32", 11.8)]
 )
 def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that_do(shape, logits, bundles):
     available("v5e")

@@ -129,8 +129,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
 def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Array, pl.BlockSpec], dict[str, Any]]:
     """Words of the block's group of classes, or all ids of its rows and room for the words to be made of them."""
     if form == "packed":
-        blocks = GROUP // tiling.classes if GROUP % tiling.classes == 0 else 1  # of a group; or there is one in all
-        return (labels, pl.BlockSpec((tiling.rows, LANES), lambda i, j: (i, _quotient(j, blocks)))), {}
+        spec = pl.BlockSpec((tiling.rows, LANES), lambda i, j: (i, _quotient(j, tiling.blocks_of_words)))
+        return (labels, spec), {}
     # Rows along the lanes: as (rows, k) they would fill 128 lanes a row, and of no use in a register.
     fill = tpu_ids(labels.shape[1]) - labels.shape[1]
     ids = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=PADDING).T
@@ -139,15 +139,17 @@ def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Arr
 
 
 def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
-    """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does."""
-    weighted = operands.weights is not None or operands.pos_weight is not None
+    """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does.
+
+    Soft labels keep to the base e: with either side's constants known, base 2 has more factors to multiply, not fewer.
+    """
     return Arithmetic(
         reciprocal=_refined_reciprocal if refines else reciprocal,
         at_least=jnp.maximum,
         at_most=jnp.minimum,
-        by_element=task.value != "rows" or weighted or task.is_soft(operands.labels.dtype),
+        by_element=task.needs_elements(operands),
         labels_by_results=True,
-        **binary(),
+        **({} if task.is_soft(operands.labels.dtype) else binary()),
     )
 
 
@@ -223,19 +225,16 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
     stages = _stages(task, tiling, inputs["labels"].dtype, chip)
 
-    # The bit of the block's first 128 classes: the words may be those of several blocks. Those that are made here begin
-    # with the block.
-    first_bit = lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS)) if task.labels == "packed" else 0
+    # The bit of the block's first 128 classes: the words are those of a group, which may have several blocks.
+    first_bit = 0 if task.labels == "dense" else lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS))
     words = scratch.pop("words", None)
     if words is not None:
-        tiles = _quotient(groups * group + (LANES - 1), LANES)
-        _pack(
-            inputs["labels"],
-            words,
-            tiles,
-            functools.partial(pack_tile, first=j * tiling.classes, classes=tiling.classes),
-        )
-        inputs["labels"] = words
+        ids, inputs["labels"] = inputs["labels"], words
+
+        @pl.when(lax.rem(j, jnp.int32(tiling.blocks_of_words)) == 0)
+        def _words():
+            tiles = _quotient(groups * group + (LANES - 1), LANES)
+            _pack(ids, words, tiles, functools.partial(pack_tile, first=j * tiling.classes, classes=GROUP))
 
     for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:
         # XLA's conversion runs where the block is read, which has to be at a fixed place.

@@ -101,6 +101,11 @@ class Task:
         """Whether an element may be both: each side is evaluated, and they are mixed."""
         return jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
 
+    def needs_elements(self, operands: Operands) -> bool:
+        """Whether a loss has to be right by itself, and not their sums over the classes alone."""
+        weighted = operands.weights is not None or operands.pos_weight is not None
+        return self.value != "rows" or weighted or self.is_soft(operands.labels.dtype)
+
     def _begin(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Any:
         x, labels, _ = self._read(tile, valid)
         return step(known, x, _is_positive(labels), chip)

@@ -100,6 +100,11 @@ class TpuTiling:
         return 0 if self.turned else 1
 
     @property
+    def blocks_of_words(self) -> int:
+        """How many blocks of classes share a group of words; unless they divide it there is one in all."""
+        return GROUP // self.classes if GROUP % self.classes == 0 else 1
+
+    @property
     def partial(self) -> int:
         """How many sums a row has until its end, as many as a register has places along the classes."""
         return SUBLANES if self.turned else LANES

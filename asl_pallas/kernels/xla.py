@@ -60,6 +60,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     rows, classes = operands.logits.shape
     packed = task.labels == "packed"
     sums = task.value == "rows"
+    chip = dataclasses.replace(CPU, by_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task.bind(operands.scalars), value=None if task.gradient else "elements")
 
     def at(operand: Array, row: Array, column: Array) -> Array:
@@ -81,7 +82,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
             parts["labels"] = _unpacked(words, tiling.classes)
-        found = by_element.evaluate(Operands(**parts), chip=CPU)
+        found = by_element.evaluate(Operands(**parts), chip=chip)
         if not sums:
             part = found.gradient if task.gradient else found.value
             return lax.dynamic_update_slice(result, part.astype(result.dtype), (row, column))
@@ -90,8 +91,8 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             fresh = lax.broadcasted_iota(jnp.int32, value.shape, 1) + column >= j * tiling.classes
             value = jnp.where(fresh, value, 0.0)
         # As a product, since a sum over the last dimension would be neither vectorised nor shared by the cores.
-        ones = jnp.ones(tiling.classes, value.dtype)
-        added = jnp.dot(value, ones, precision=lax.Precision.HIGHEST)
+        units = jnp.full(tiling.classes, 1.0 if chip.by_element else task.formula.unit(False, chip), value.dtype)
+        added = jnp.dot(value, units, precision=lax.Precision.HIGHEST)
         before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result, (row,), (tiling.rows,)))
         return lax.dynamic_update_slice(result, before + added, (row,))
 
@@ -103,7 +104,8 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
     start = jnp.zeros((rows,) if sums else (rows, classes), dtype)
-    return lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
+    result = lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
+    return result if chip.by_element else jnp.where(result <= 0.0, 0.0, result)  # a NaN stays one
 
 
 def _unpacked(words: Array, classes: int) -> Array:
