@@ -49,20 +49,18 @@ class Arithmetic:
     """What chips do at different costs. A kernel passes its own; a NaN has to come through as one.
 
     Attributes:
-      per_nat: the logarithm of e to the base of `exp` and `log`: 1, or log2(e) for a chip whose own base is 2.
-      exp: of numbers between -80 and 80 times `per_nat` in float32.
+      exp: of numbers between -80 and 80 in float32.
       log, reciprocal: of numbers between 1e-35 and 1e35. The logarithm alone need not keep a NaN.
-      log1p: natural, of numbers between -0.5 and 0.
+      log1p: of numbers between -0.5 and 0.
       quotient: of any numbers, to half a unit in the last place or nearly.
       at_least, at_most: the larger, or smaller, of an array and a bound. By selects: as one instruction max and min
         drop a NaN on a GPU, and jnp's, which keep it, are five on a CPU.
       constant: what has no derivative.
-      by_element: losses have their sign and unit and are never below 0. A kernel that adds them up can do without: it
-        multiplies the sum by `Formula.unit`, and takes 0 for what a rounding took below.
+      by_element: losses have their sign and are never below 0. A kernel that adds them up can do without: it multiplies
+        the sum by `Formula.sign`, and takes 0 for what a rounding took below.
       labels_by_results: the last step tells a positive by what it is handed, not from its label.
     """
 
-    per_nat: float = 1.0
     exp: Callable[[Array], Array] = jnp.exp
     log: Callable[[Array], Array] = jnp.log
     log1p: Callable[[Array], Array] = jnp.log1p
@@ -86,13 +84,13 @@ Step = Callable[[Any, Array, "Array | bool", Arithmetic], tuple[Array, ...]]
 class Formula(Protocol):
     """What a kernel asks of a loss. `positive` is a bool array like `logit`, or a Python bool for one side only.
 
-    Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these. `unit` is
+    Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these. `sign` is
     what the last one's values have to be multiplied by, for a chip that wants no losses by element.
     """
 
     def steps(self, gradient: bool) -> tuple[Step, ...]: ...
 
-    def unit(self, gradient: bool, chip: Arithmetic) -> float: ...
+    def sign(self, gradient: bool) -> float: ...
 
     def traced(self) -> tuple[str, ...]: ...
 
@@ -128,9 +126,6 @@ class AsymmetricLoss:
     x = -1e4 has the loss 1e4 and the slope -1. Loss and slope are finite wherever the mathematics is, for infinite
     logits too, and NaN for a NaN. The slope's own derivative, by autodiff, is right.
 
-    u and the logarithm are in the chip's units, of which `per_nat` make one of the natural logarithm's; they leave
-    with the constants of other factors.
-
     Attributes:
       gamma_neg, gamma_pos: focusing exponents, >= 0.
       clip: probability margin in [0, 1).
@@ -163,13 +158,13 @@ class AsymmetricLoss:
             return self._exponential, self._probabilities, self._remainder, self._value_and_slope
         return self._exponential_of_right, self._probability, self._value
 
-    def unit(self, gradient: bool, chip: Arithmetic) -> float:
-        return 1.0 if gradient else -1.0 / chip.per_nat
+    def sign(self, gradient: bool) -> float:
+        return 1.0 if gradient else -1.0
 
     # Value and slope, from the wrong answer's logit.
 
     def _exponential(self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
-        u = logit * _sign(positive, chip.per_nat, logit.dtype)
+        u = logit * _sign(positive, logit.dtype)
         return u, _bounded_exp(u, chip)
 
     def _probabilities(
@@ -182,7 +177,7 @@ class AsymmetricLoss:
         m, rest = self._less_margin(wrong, right, self._margin(positive, logit.dtype), chip)
         if rest is right:
             rest = 1.0 + e  # its reciprocal, since that is here
-        return right * wrong * _sign(positive, chip.per_nat, logit.dtype), rest, u, m
+        return right * wrong * _sign(positive, logit.dtype), rest, u, m
 
     def _remainder(
         self, known: tuple[Array, Array, Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
@@ -202,20 +197,20 @@ class AsymmetricLoss:
             log = chip.at_least(log, 0.0)
         # Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more.
         loss = self._where_unbounded(positive, chip.at_least(log, u), log)
-        focus = self._power(m, positive, 1.0 / chip.per_nat)
+        focus = self._power(m, positive)
         if self.stop_focus_gradient:
             focus = chip.constant(focus) if isinstance(focus, Array) else focus
         value = focus * loss
         if self.stop_focus_gradient:
             return value, slope * (focus * over)
-        return value, slope * (focus * over + self._power_derived(m, positive, 1.0 / chip.per_nat**2, chip) * log)
+        return value, slope * (focus * over + self._power_derived(m, positive, chip) * log)
 
     # The value alone, from the right answer's logit: log(1 - m) has no reciprocal to wait for.
 
     def _exponential_of_right(
         self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic
     ) -> tuple[Array, Array]:
-        v = logit * _sign(positive, -chip.per_nat, logit.dtype)
+        v = logit * _select(positive, 1.0, -1.0, logit.dtype)
         return v, _bounded_exp(v, chip)
 
     def _probability(
@@ -238,7 +233,7 @@ class AsymmetricLoss:
         if chip.by_element and not (self._has_margin and _is_static(self.clip)):
             loss = chip.at_most(loss, 0.0)
         value = loss * self._power(m, positive)
-        return (0.0 - value * -self.unit(False, chip) if chip.by_element else value,)
+        return (0.0 - value if chip.by_element else value,)
 
     # What both have in common.
 
@@ -257,7 +252,7 @@ class AsymmetricLoss:
         if self._is_focused:
             return chip.log(z)
         # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
-        return jnp.where(m < 0.5, -sign * chip.log1p(-chip.at_most(m, 0.5)), jnp.log(z)) * chip.per_nat
+        return jnp.where(m < 0.5, -sign * chip.log1p(-chip.at_most(m, 0.5)), jnp.log(z))
 
     def _where_unbounded(self, positive: Array | bool, yes: Array, no: Any) -> Array:
         """Without a margin -log(1 - m) grows with u for ever: on both sides, or on the positives' alone."""
@@ -281,21 +276,27 @@ class AsymmetricLoss:
         """Where m is 0, so is a negative's m^(g - 1): a logarithm below 0 by a rounding does nothing there."""
         return self._is_focused and self.gamma_neg >= 2
 
-    def _power(self, m: Array, positive: Array | bool, scale: float = 1.0) -> Array | float:
-        """m^gamma of the element's own side, 0 below the margin, times a constant."""
+    def _power(self, m: Array, positive: Array | bool) -> Array | float:
+        """m^gamma of the element's own side, 0 below the margin."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(map(_is_chain, sides)):
-            return _scaled(self._any_power(m, positive)[0], scale)
-        of_positive, of_negative = (_power(m, gamma, scale, self._has_margin) for gamma in sides)
+            return self._any_power(m, positive)[0]
+
+        def power(gamma: float) -> Array | float:
+            if gamma == 0 and self._has_margin:
+                return jnp.where(m > 0.0, 1.0, m)  # a NaN stays one
+            return _power(m, gamma)
+
+        of_positive, of_negative = map(power, sides)
         return _select(positive, of_positive, of_negative, m.dtype)
 
-    def _power_derived(self, m: Array, positive: Array | bool, scale: float, chip: Arithmetic) -> Array | float:
-        """gamma * m^(gamma - 1), times a constant."""
+    def _power_derived(self, m: Array, positive: Array | bool, chip: Arithmetic) -> Array | float:
+        """gamma * m^(gamma - 1)."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(map(_is_chain, sides)):
             power, base, gamma = self._any_power(m, positive)
-            return _scaled(gamma * chip.quotient(power, base), scale)
-        of_positive, of_negative = (_scaled(_chain(m, gamma - 1), gamma * scale) if gamma else 0.0 for gamma in sides)
+            return gamma * chip.quotient(power, base)
+        of_positive, of_negative = (gamma * _power(m, gamma - 1) if gamma else 0.0 for gamma in sides)
         return _select(positive, of_positive, of_negative, m.dtype)
 
     def _any_power(self, m: Array, positive: Array | bool) -> tuple[Array, Array, Array | float]:
@@ -306,29 +307,16 @@ class AsymmetricLoss:
         return jnp.where(inside, jnp.exp(gamma * jnp.log(base)), 0.0), base, gamma
 
 
-def _sign(positive: Array | bool, of_negative: float, dtype: Any) -> Array | float:
-    return _select(positive, -of_negative, of_negative, dtype)
+def _sign(positive: Array | bool, dtype: Any) -> Array | float:
+    return _select(positive, -1.0, 1.0, dtype)
 
 
 def _bounded_exp(u: Array, chip: Arithmetic) -> Array:
-    limit = _LIMIT[u.dtype.itemsize] * chip.per_nat
+    limit = _LIMIT[u.dtype.itemsize]
     return chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
 
 
-def _scaled(x: Array | float, scale: float) -> Array | float:
-    return x if scale == 1.0 else x * scale
-
-
-def _power(m: Array, n: float, scale: float, has_margin: bool) -> Array | float:
-    """scale * m^n. 0^0 is 0, since beyond the margin nothing counts."""
-    if n == 0 and has_margin:
-        return jnp.where(m > 0.0, scale, m)  # a NaN stays one
-    if n < 2 or scale == 1.0:
-        return _scaled(_chain(m, n), scale)
-    return m * scale * _chain(m, n - 1)  # which the derivative has too
-
-
-def _chain(m: Array, n: float) -> Array | float:
+def _power(m: Array, n: float) -> Array | float:
     if n in (0, 1):
         return m if n else 1.0
     return lax.integer_pow(m, int(n))

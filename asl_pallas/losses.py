@@ -79,7 +79,7 @@ def asymmetric_loss(
       logits_spec: how the logits lie on mesh axes that are Auto, where JAX can't see it; without it the formula is left
         to XLA there, with a warning. Explicit axes need none, and without a mesh it has no meaning.
       implementation: None picks by the platform that the computation is lowered for, and falls back to "xla"; on a
-        TPU also for problems so small that XLA's loop is faster (fewer than 16,384 elements). By name: "xla" (any
+        TPU also for problems so small that XLA's loop is faster (fewer than 262,144 elements). By name: "xla" (any
         platform), "mosaic_tpu" (TPU), "triton" (CUDA GPUs), "mosaic_gpu" (Hopper GPUs and later, from JAX 0.11: rows
         of 128 classes or more, dense labels that aren't bool; never picked by None so far, since no GPU has measured
         it).

@@ -17,14 +17,14 @@ CUSTOM_CALLS = {"triton": "gpu.triton", "mosaic_tpu": "tpu_custom_call"}
 
 @pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, mark)) for name, mark in BACKENDS.items()])
 def kernel(request: pytest.FixtureRequest) -> str:
-    """The kernel that implementation=None picks here."""
+    """The kernel that implementation=None picks here, where a problem is not too small for it."""
     if jax.default_backend() != BACKENDS[request.param]:
         pytest.skip(f"needs a {BACKENDS[request.param]}; JAX's backend here is {jax.default_backend()}")
     return request.param
 
 
 def test_the_kernel_is_in_the_program_that_runs(kernel):
-    x, y = jnp.zeros((64, 1000), jnp.bfloat16), jnp.zeros((64, 1000), jnp.int8)
+    x, y = jnp.zeros((300, 1000), jnp.bfloat16), jnp.zeros((300, 1000), jnp.int8)
     step = jax.jit(jax.value_and_grad(lambda x: asymmetric_loss(x, y).sum()))
     assert CUSTOM_CALLS[kernel] in step.lower(x).compile().as_text()
 
@@ -33,19 +33,20 @@ def test_the_kernel_is_in_the_program_that_runs(kernel):
 def test_loss_and_gradient_match_float64(kernel, gamma_neg, gamma_pos, clip):
     options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
     x, y = logits_of((33, 257)), labels_of((33, 257))
-    assert_parity(x, y, implementation=None, **options)
-    assert_parity(x, y, implementation=None, traced=tuple(options), **options)
+    assert_parity(x, y, implementation=kernel, **options)
+    assert_parity(x, y, implementation=kernel, traced=tuple(options), **options)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (33, 80), (1, 9605), (33, 9605), (300, 8192), (3000, 130)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_size_and_dtype_matches_float64(kernel, shape, dtype):
-    assert_parity(logits_of(shape, dtype=dtype), labels_of(shape), implementation=None)
+    by_name = None if (kernel, dtype) == ("mosaic_tpu", "float16") else kernel
+    assert_parity(logits_of(shape, dtype=dtype), labels_of(shape), implementation=by_name)
 
 
 @pytest.mark.parametrize("labels", ["bool", "uint8", "int32", "float32", "bfloat16"])
 def test_every_labels_dtype_matches_float64(kernel, labels):
-    assert_parity(logits_of((33, 257)), labels_of((33, 257), dtype=labels), implementation=None)
+    assert_parity(logits_of((33, 257)), labels_of((33, 257), dtype=labels), implementation=kernel)
 
 
 def test_masks_weights_and_losses_per_element_match_float64(kernel):
@@ -59,14 +60,14 @@ def test_masks_weights_and_losses_per_element_match_float64(kernel):
         "label_smoothing": 0.1,
     }
     for axis in (-1, (), None):
-        assert_parity(logits_of(shape), labels_of(shape, ignore_label=-1), implementation=None, axis=axis, **options)
+        assert_parity(logits_of(shape), labels_of(shape, ignore_label=-1), implementation=kernel, axis=axis, **options)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_infinite_and_nan_logits_give_limits_and_nan(kernel, clip):
     x = np.tile(np.array([-np.inf, -1e4, -30, 0, 30, 1e4, np.inf], np.float32), (2, 1))
     y = np.repeat(np.array([[0], [1]], np.int8), x.shape[1], axis=1)
-    assert_parity(x, y, implementation=None, clip=clip, axis=(), cotangent=np.ones(x.shape, np.float32))
+    assert_parity(x, y, implementation=kernel, clip=clip, axis=(), cotangent=np.ones(x.shape, np.float32))
     assert jnp.isnan(asymmetric_loss(jnp.float32([jnp.nan, 1.0]), jnp.int8([0, 1]), clip=clip))
 
 

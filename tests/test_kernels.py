@@ -26,7 +26,7 @@ X, Y = jnp.ones((5, 150)), jnp.ones((5, 150), jnp.int8)
 
 def lowered_for(platform: str, **options: Any) -> str:
     f = jax.jit(jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, **options).sum()))
-    shapes = (jax.ShapeDtypeStruct((256, 150), dtype) for dtype in (jnp.float32, jnp.int8))
+    shapes = (jax.ShapeDtypeStruct((2048, 150), dtype) for dtype in (jnp.float32, jnp.int8))
     return f.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -274,4 +274,7 @@ def test_the_backward_kernel_multiplies_by_the_cotangent_before_it_rounds(kernel
     with optimising(False):
         found = jax.jit(lambda o: kernel.run(backward, o, interpret=True))(operands)
     assert found.value is None
-    np.testing.assert_array_equal(found.gradient, (exact * cotangent).astype(jnp.bfloat16))
+    # Rounded once: to what the exact product rounds to, or where it is next to the middle, to the other side.
+    below, above = ((exact * cotangent * near).astype(jnp.bfloat16) for near in (1 - 1e-6, 1 + 1e-6))
+    assert ((found.gradient == below) | (found.gradient == above)).all()
+    assert (below == above).mean() > 0.99

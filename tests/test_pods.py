@@ -84,7 +84,7 @@ def test_packed_and_sparse_labels_move_no_more_than_dense_ones(topology, form, c
 def test_inside_the_users_shard_map_the_kernel_compiles(topology, check_vma):
     mesh = mesh_of(topology, AxisType.Explicit)
     spec = P("data", "model")
-    shape = (32 * mesh.shape["data"], CLASSES)
+    shape = (512 * mesh.shape["data"], CLASSES)
     shapes = [jax.ShapeDtypeStruct(shape, d, sharding=NamedSharding(mesh, spec)) for d in (jnp.bfloat16, jnp.int8)]
     f = jax.shard_map(
         lambda x, y: jax.grad(lambda x: asymmetric_loss(x, y, axis=None))(x),

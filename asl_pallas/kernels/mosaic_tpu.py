@@ -25,7 +25,7 @@ from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.platforms import tpu_generation
 from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
-from asl_pallas.kernels.versions import binary, reciprocal, result_like
+from asl_pallas.kernels.versions import reciprocal, result_like
 
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
@@ -139,17 +139,13 @@ def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Arr
 
 
 def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
-    """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does.
-
-    Soft labels keep to the base e: with either side's constants known, base 2 has more factors to multiply, not fewer.
-    """
+    """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does."""
     return Arithmetic(
         reciprocal=_refined_reciprocal if refines else reciprocal,
         at_least=jnp.maximum,
         at_most=jnp.minimum,
         by_element=task.needs_elements(operands),
         labels_by_results=True,
-        **({} if task.is_soft(operands.labels.dtype) else binary()),
     )
 
 
@@ -343,6 +339,6 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
             sums = scratch["sums"][...]
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
             if not chip.by_element:
-                sums = sums * task.formula.unit(task.gradient, chip)
+                sums = sums * task.formula.sign(task.gradient)
                 sums = jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
             outputs["value"][...] = sums

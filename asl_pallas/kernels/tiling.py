@@ -1,10 +1,11 @@
 """Block shapes, from shapes and dtypes: the one place that knows them.
 
 Measured figures behind the constants. TPU, bf16 logits and int8 labels, bundles per 1024 elements in the innermost loop
-and in brackets how often it spills or fills a register: value and gradient on v5e 11.4 (0) with two stages of 12
-registers, 11.1 (31) of 16, 10.8 (176) with one of 64; on v6e 10.9 (0), 10.2 (19) and 9.2 (275), on tpu7x 10.5 (0), 10.1
-(18) and 9.2 (210). The value alone on v5e 8.3 (0) with two stages of 16 registers, 8.2 (13) of 32 and 8.7 (10) with one
-of 16. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
+and in brackets how often it spills or fills a register, on jax 0.12: value and gradient on v5e 11.0 (0) with tiles of
+12 registers and 11.0 (36) of 16; on v6e 10.0 (0) of 12, 9.3 (0) of 16, 9.3 (34) of 20 and 8.7 (232) of 64 in a single
+stage, on tpu7x 9.6 (0), 9.1 (0), 9.4 (40) and 8.7 (244). The value alone on v5e 7.4 (0) of 12, 7.2 (0) of 16 and 7.4
+(36) of 24. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and
+5.4 ms.
 """
 
 from __future__ import annotations
@@ -47,9 +48,11 @@ _TPU_IDLE_REGISTERS = 2
 _TPU_GROUP = 32
 # With the rows along the lanes, the rows of a block, which are one piece of memory for 8 classes.
 _TPU_TURNED_ROWS = 2048
-# Below that, XLA's loop takes fewer bundles than the kernel with its two outer loops: 94 for 201 with 8 x 20 on v5e,
-# 198 for 241 with 64 x 80 on v6e, 218 for 356 with 16 x 600; with 32 x 600 it is 363 for 353.
-_TPU_LEAST_ELEMENTS = 16 * 1024
+# Below that, XLA's loop takes fewer bundles than the kernel with its blocks and outer loops: on v5e 1083 for 1276 with
+# 64 x 1024 and 2113 for 2366 with 64 x 2048, but 4165 for 3956 with 128 x 2048; on v6e 1373 for 2198 with 64 x 2048.
+_TPU_LEAST_ELEMENTS = 256 * 1024
+# With labels that XLA would have to make bytes of first.
+_TPU_LEAST_DECODED = 16 * 1024
 # With half of a group's rows empty, it takes as long as XLA's loop.
 _TPU_LEAST_ROWS = _TPU_GROUP // 2 + 1
 # Ids that are compared at a time: the rows of a register.
@@ -111,11 +114,10 @@ class TpuTiling:
 
 
 def tpu_pays(rows: int, classes: int, labels: Form) -> bool:
-    """Whether the kernel is worth its start: XLA's loop is faster on a few registers, or where most rows are empty.
-
-    Not with labels that the kernel alone decodes in registers, unless there are few.
-    """
-    filled = rows >= _TPU_LEAST_ROWS or tpu_turned(rows, classes) or labels != "dense"
+    """Whether the kernel is worth its start: XLA's loop is faster on few registers, or where most rows are empty."""
+    if labels != "dense":
+        return rows * classes >= _TPU_LEAST_DECODED
+    filled = rows >= _TPU_LEAST_ROWS or tpu_turned(rows, classes)
     return filled and rows * classes >= _TPU_LEAST_ELEMENTS
 
 

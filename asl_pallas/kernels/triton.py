@@ -44,9 +44,8 @@ def _instruction(name: str, *operands: Array) -> Array:
 # NVIDIA's PTX manual they err by at most 2^-22, the reciprocal by a unit in the last place; tests/test_formula.py lets
 # them err so and finds loss and gradient within the bound.
 _GPU = Arithmetic(
-    per_nat=math.log2(math.e),
-    exp=lambda x: _instruction("ex2.approx.ftz.f32", x),
-    log=lambda x: _instruction("lg2.approx.ftz.f32", x),
+    exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
+    log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
     reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
     at_least=lambda x, bound: _instruction("max.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
     at_most=lambda x, bound: _instruction("min.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 
@@ -22,16 +22,6 @@ def reciprocal(x: Array, *, approx: bool = False) -> Array:
 
     module = pltpu if hasattr(pltpu, "reciprocal") else pl
     return module.reciprocal(x, approx=True) if approx else module.reciprocal(x, full_range=False)
-
-
-def binary() -> dict[str, Any]:
-    """What an `Arithmetic` is told of exponentials and logarithms to the base 2, which are a TPU's own.
-
-    JAX 0.10 hands Mosaic no logarithm but the natural one, which the chip multiplies.
-    """
-    if not hasattr(lax, "log2"):
-        return {}
-    return {"per_nat": math.log2(math.e), "exp": lax.exp2, "log": lax.log2}
 
 
 def vary_alike(operands: Any) -> Any:
@@ -52,6 +42,16 @@ def vary_alike(operands: Any) -> Any:
 def result_like(operand: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     """The shape of a kernel's result, which varies over the manual mesh axes that the operand does."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(operand).manual_axis_type)
+
+
+def least(a: Array, b: Array | int) -> Array:
+    """The lesser of two integers, so that XLA's CPU backend runs the loop around it on all cores.
+
+    From 0.11 on it takes a loop for small, and gives it one core, unless there is something in it like a sort.
+    """
+    if jax.__version_info__ < (0, 11):
+        return jnp.minimum(a, b)
+    return lax.sort(jnp.stack([a, jnp.asarray(b, a.dtype)]))[0]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
+from asl_pallas.kernels.versions import least
 
 CPU = Arithmetic(log=log)
 _UNPACKED = 1024  # classes
@@ -72,7 +73,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     def block(i: Array, j: Array, result: Array) -> Array:
         # The last block starts early enough to be whole. What it computes twice comes out the same twice; only a row's
         # sum must not count it again.
-        row = jnp.minimum(i * tiling.rows, rows - tiling.rows)
+        row = least(i * tiling.rows, rows - tiling.rows)
         column = jnp.minimum(j * tiling.classes, classes - tiling.classes)
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands.arrays(), row))
@@ -91,8 +92,8 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             fresh = lax.broadcasted_iota(jnp.int32, value.shape, 1) + column >= j * tiling.classes
             value = jnp.where(fresh, value, 0.0)
         # As a product, since a sum over the last dimension would be neither vectorised nor shared by the cores.
-        units = jnp.full(tiling.classes, 1.0 if chip.by_element else task.formula.unit(False, chip), value.dtype)
-        added = jnp.dot(value, units, precision=lax.Precision.HIGHEST)
+        signs = jnp.full(tiling.classes, 1.0 if chip.by_element else task.formula.sign(False), value.dtype)
+        added = jnp.dot(value, signs, precision=lax.Precision.HIGHEST)
         before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result, (row,), (tiling.rows,)))
         return lax.dynamic_update_slice(result, before + added, (row,))
 
