@@ -1,11 +1,10 @@
 """Block shapes, from shapes and dtypes: the one place that knows them.
 
 Measured figures behind the constants. TPU, bf16 logits and int8 labels, bundles per 1024 elements in the innermost loop
-and in brackets how often it spills or fills a register, on jax 0.12: value and gradient on v5e 11.0 (0) with tiles of
-12 registers and 11.0 (36) of 16; on v6e 10.0 (0) of 12, 9.3 (0) of 16, 9.3 (34) of 20 and 8.7 (232) of 64 in a single
-stage, on tpu7x 9.6 (0), 9.1 (0), 9.4 (40) and 8.7 (244). The value alone on v5e 7.4 (0) of 12, 7.2 (0) of 16 and 7.4
-(36) of 24. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and
-5.4 ms.
+and in brackets how often it spills or fills a register: value and gradient on v5e 11.4 (0) with tiles of 12 registers
+and 11.1 (34) of 16; on v6e 10.6 (0) of 12, 9.5 (0) of 16, 9.9 (70) of 20 and 9.0 (220) of 64 in a single stage, on
+tpu7x 10.2 (0), 9.3 (0), 10.0 (66) and 8.9 (244). The value alone on v5e 7.9 (0) of 12, 7.75 (0) of 16 and 7.9 (38) of
+24. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ _TPU_IDLE_REGISTERS = 2
 _TPU_GROUP = 32
 # With the rows along the lanes, the rows of a block, which are one piece of memory for 8 classes.
 _TPU_TURNED_ROWS = 2048
-# Below that, XLA's loop takes fewer bundles than the kernel with its blocks and outer loops: on v5e 1083 for 1276 with
-# 64 x 1024 and 2113 for 2366 with 64 x 2048, but 4165 for 3956 with 128 x 2048; on v6e 1373 for 2198 with 64 x 2048.
+# Below that, XLA's loop takes fewer bundles than the kernel with its blocks and outer loops: on v6e 477 for 702 with
+# 64 x 600 and 1373 for 2198 with 64 x 2048; on v5e 2113 for 2366, but 4165 for 3956 with 128 x 2048.
 _TPU_LEAST_ELEMENTS = 256 * 1024
 # With labels that XLA would have to make bytes of first.
 _TPU_LEAST_DECODED = 16 * 1024
@@ -167,6 +166,9 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
         block_rows = min(_round_up(rows, least), max(most // block_classes // least * least, least))
         return TpuTiling(block_rows, block_classes, group, chunk, True, first)
+    # Rows that aren't there take room, but no time to copy.
+    block_bytes = min(block_bytes * least // min(rows, least), largest)
+    most = block_bytes // (2 * element_bytes)
     block_classes = most // least if task.labels == "dense" else min(most // least, GROUP)
     block_classes = max(block_classes // chunk * chunk, chunk)
     block_classes = _round_up(math.ceil(classes / math.ceil(classes / block_classes)), chunk)
