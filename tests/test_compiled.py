@@ -294,13 +294,13 @@ def test_a_host_without_an_accelerator_exports_the_kernels():
 
 
 def test_on_v5e_1024_elements_take_twelve_cycles_nothing_spills_and_few_labels_cost_hardly_more():
-    """By the compiler's own schedule, all loops counted: 11.97 on jax 0.10, 11.54 on 0.12, with a tenth for another
-    compiler. Packed 0.25 more, 16 ids a row 1.5."""
+    """By the compiler's own schedule, all loops counted: 11.97, with a tenth for another compiler. Packed 0.16 more, 16
+    ids a row 0.72."""
     available("v5e")
     line, spills, *few = bounds.schedule_on_v5e()
     assert 9 < line.figure <= 13.2
     assert spills.figure == 0
-    assert len(few) == 2 and all(-1 < more.figure <= 1.1 * more.bound for more in few)
+    assert len(few) == 2 and all(-1 < more.figure <= more.bound for more in few)
 
 
 @pytest.mark.parametrize(
