@@ -59,6 +59,8 @@ class Arithmetic:
       by_element: losses have their sign and are never below 0. A kernel that adds them up can do without: it multiplies
         the sum by `Formula.sign`, and takes 0 for what a rounding took below.
       labels_by_results: the last step tells a positive by what it is handed, not from its label.
+      from_the_logit: the value's last step takes the logit itself again, not what was made of it for the first. XLA's
+        CPU backend splits an expression that has too many uses for one part of it.
     """
 
     exp: Callable[[Array], Array] = jnp.exp
@@ -71,6 +73,7 @@ class Arithmetic:
     constant: Callable[[Array], Array] = lax.stop_gradient
     by_element: bool = True
     labels_by_results: bool = False
+    from_the_logit: bool = False
 
 
 EXACT = Arithmetic()
@@ -229,6 +232,8 @@ class AsymmetricLoss:
             positive = margin[0] == 0.0
         log = self._log(rest, m, -1.0, chip)
         # Where exp(v) is at its limit, a positive's logarithm is v, and elsewhere it is less; anyone's is at most 0.
+        if chip.from_the_logit:
+            v = _select(positive, logit, -logit)
         loss = chip.at_most(log, self._where_unbounded(positive, v, 0.0))
         if chip.by_element and not (self._has_margin and _is_static(self.clip)):
             loss = chip.at_most(loss, 0.0)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import functools
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from asl_pallas.kernels import xla
-from asl_pallas.kernels.platforms import by_platform
+from asl_pallas.kernels.platforms import Code, by_platform
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
@@ -96,23 +98,34 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
-    plain = functools.partial(xla.run, task)
-    streamed = functools.partial(xla.run_streamed, task)
-    if implementation == "xla":
-        return by_platform(operands, plain, cpu=streamed, default=plain)
+    if implementation not in (None, "xla") and interpret:
+        return _kernel(implementation, task, operands, interpret=True)
+    shapes = jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
+
+    def code(asked: tuple[bool, ...]) -> Code:
+        part = task
+        if asked and not all(asked):  # of a task with two results
+            wants_value, wants_gradient = asked
+            part = dataclasses.replace(task, value=task.value if wants_value else None, gradient=wants_gradient)
+        plain = functools.partial(xla.run, part)
+        return plain, _functions(part, shapes, implementation, plain)
+
+    return by_platform(operands, code)
+
+
+def _functions(
+    task: Task, shapes: Operands, implementation: str | None, plain: Callable[[Operands], Result]
+) -> dict[str, Callable[[Operands], Result]]:
+    """What serves a task on operands of these shapes, by platform."""
+    if implementation not in (None, "xla"):
+        kernel = functools.partial(_kernel, implementation, task)
+        return {PLATFORMS[implementation]: kernel, "default": functools.partial(_refuse, implementation)}
+    functions: dict[str, Callable[[Operands], Result]] = {"cpu": functools.partial(xla.run_streamed, task)}
     if implementation is None:
-        kernels = {
-            PLATFORMS[name]: functools.partial(_kernel, name, task)
-            for name in CHOSEN
-            if refusal(name, operands, task.labels) is None and _pays(name, task, operands)
-        }
-        return by_platform(operands, plain, **kernels, cpu=streamed, default=plain)
-    kernel = functools.partial(_kernel, implementation, task)
-    if interpret:
-        return kernel(operands, interpret=True)
-    return by_platform(
-        operands, plain, **{PLATFORMS[implementation]: kernel}, default=functools.partial(_refuse, implementation)
-    )
+        for name in CHOSEN:
+            if refusal(name, shapes, task.labels) is None and _pays(name, task, shapes):
+                functions[PLATFORMS[name]] = functools.partial(_kernel, name, task)
+    return {**functions, "default": plain}
 
 
 def _pays(implementation: str, task: Task, operands: Operands) -> bool:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from asl_pallas.kernels.versions import quiet_triton
+from asl_pallas.kernels.versions import narrows, quiet_triton
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 
@@ -23,53 +23,77 @@ _by_platform_p = Primitive("asl_pallas_by_platform")
 _by_platform_p.multiple_results = True
 
 
-def by_platform(operands: Any, like: Callable[[Any], Any], **code: Callable[[Any], Any]) -> Any:
-    """`code[platform](operands)` on the platforms named, code["default"] on others.
+# A function of the operands whose results have the shapes and dtypes of every platform's, and each platform's function.
+Code = tuple[Callable[..., Any], dict[str, Callable[..., Any]]]
+
+
+def by_platform(operands: Any, code: Callable[[tuple[bool, ...]], Code]) -> Any:
+    """`functions[platform](operands)` on the platforms named, functions["default"] on others.
 
     Args:
       operands: a pytree of arrays.
-      like: a function of the operands whose results have the shapes and dtypes of every code's.
-      **code: functions of the operands by platform; "default" among them. One that can't serve may raise: it is called
-        only if it is lowered.
+      code: of which results somebody asks for, in the order of their leaves and empty for all, `like` and the
+        functions that give these alone. One that can't serve may raise: it is called only if it is lowered.
     """
     leaves, tree = jax.tree.flatten(operands)
 
     def flat(function: Callable[[Any], Any]) -> Callable[..., list[Any]]:
         return lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(tree, leaves)))
 
-    found = _by_platform_p.bind(
-        *leaves, like=flat(like), code=tuple((name, flat(function)) for name, function in code.items())
-    )
-    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(like, operands)), found)
+    def flat_code(asked: tuple[bool, ...]) -> Code:
+        like, functions = code(asked)
+        return flat(like), {name: flat(function) for name, function in functions.items()}
+
+    found = _by_platform_p.bind(*leaves, code=flat_code, asked=())
+    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(code(())[0], operands)), found)
 
 
 @_by_platform_p.def_abstract_eval
-def _shapes(*avals, like, code):
-    return jax.make_jaxpr(like)(*avals).out_avals
+def _shapes(*avals, code, asked):
+    return jax.make_jaxpr(code(asked)[0])(*avals).out_avals
 
 
 @_by_platform_p.def_impl
-def _run(*leaves, like, code):
-    return jax.jit(lambda *leaves: _by_platform_p.bind(*leaves, like=like, code=code))(*leaves)
+def _run(*leaves, **parameters):
+    return jax.jit(lambda *leaves: _by_platform_p.bind(*leaves, **parameters))(*leaves)
 
 
-def _batch(leaves, dims, *, like, code):
+def _batch(leaves, dims, *, code, asked):
     moved = [leaf if dim is None else jnp.moveaxis(leaf, dim, 0) for leaf, dim in zip(leaves, dims, strict=True)]
     in_axes = tuple(None if dim is None else 0 for dim in dims)
-    found = _by_platform_p.bind(
-        *moved,
-        like=jax.vmap(like, in_axes),
-        code=tuple((name, jax.vmap(function, in_axes)) for name, function in code),
-    )
+
+    def batched(asked: tuple[bool, ...]) -> Code:
+        like, functions = code(asked)
+        return jax.vmap(like, in_axes), {name: jax.vmap(function, in_axes) for name, function in functions.items()}
+
+    found = _by_platform_p.bind(*moved, code=batched, asked=asked)
     return found, (0,) * len(found)
 
 
 batching.primitive_batchers[_by_platform_p] = _batch
 
 
+def _without_unused(used, equation):
+    """jax.grad has no use for the loss, say: its code needs the gradient alone."""
+    used = tuple(used)
+    if not any(used):
+        return [False] * len(equation.invars), None
+    if not all(used):
+        before = iter(used)
+        asked = tuple(one and next(before) for one in equation.params["asked"]) or used
+        equation = equation.replace(
+            outvars=[var for var, one in zip(equation.outvars, used, strict=True) if one],
+            params={**equation.params, "asked": asked},
+        )
+    return [True] * len(equation.invars), equation
+
+
+narrows(_by_platform_p, _without_unused)
+
+
 def _lowering(platform: str) -> Callable[..., Any]:
-    def run(*leaves, like, code):
-        functions: dict[str, Any] = dict(code)
+    def run(*leaves, code, asked):
+        _, functions = code(asked)
         return functions[platform if platform in functions else "default"](*leaves)
 
     lower = mlir.lower_fun(run, multiple_results=True)

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import partial_eval
 
 
 def reciprocal(x: Array, *, approx: bool = False) -> Array:
@@ -52,6 +54,14 @@ def least(a: Array, b: Array | int) -> Array:
     if jax.__version_info__ < (0, 11):
         return jnp.minimum(a, b)
     return lax.sort(jnp.stack([a, jnp.asarray(b, a.dtype)]))[0]
+
+
+def narrows(primitive: Primitive, rule: Callable[[list[bool], Any], tuple[list[bool], Any]]) -> None:
+    """Has JAX ask, as it lowers, what is left of an equation of whose results only some are used.
+
+    The rule takes which, and the equation; JAX passes a third argument between the two from 0.11 on.
+    """
+    partial_eval.dce_rules[primitive] = lambda used, *more: rule(used, more[-1])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -14,7 +15,7 @@ from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, posit
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 
-CPU = Arithmetic(log=log)
+CPU = Arithmetic(log=log, from_the_logit=True)
 _UNPACKED = 1024  # classes
 
 
@@ -42,18 +43,31 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         # Words are a thirty-second of the logits, and would be made twice otherwise.
         words = pack_ids(operands.labels, operands.logits.shape[-1])
         task, operands = dataclasses.replace(task, labels="packed"), operands._replace(labels=words)
-    one_block = (tiling.rows, tiling.classes) == operands.logits.shape
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
-    if one_block or (one_result and not packed):
+    if tiling is None or (one_result and not packed):
         return run(task, operands, CPU)
     value, gradient = None, None
-    if task.gradient:
-        alone = dataclasses.replace(task, value=None)
-        gradient = _by_blocks(alone, operands, tiling) if packed else run(alone, operands, CPU).gradient
     if task.value is not None:
         value = _by_blocks(dataclasses.replace(task, gradient=False), operands, tiling)
+    if task.gradient:
+        alone = dataclasses.replace(task, value=None)
+        if packed:
+            gradient = _by_blocks(alone, operands, tiling)
+        else:
+            gradient = run(alone, operands if value is None else _after(value, operands), CPU).gradient
     return Result(value, gradient)
+
+
+def _after(value: Array, operands: Operands) -> Operands:
+    """The operands, for what XLA must not begin before it has the value.
+
+    So the gradient may take the place of logits that nothing else asks for, which XLA copies if it may read them for
+    the value later. A barrier would do from jax 0.11 on; before, XLA's CPU backend drops it too early.
+    """
+    # No number is greater than infinity. XLA doesn't know, and LLVM does, so that it costs nothing.
+    never = jnp.ravel(value)[0] > jnp.inf
+    return operands._replace(logits=jnp.where(never, jnp.zeros_like(operands.logits), operands.logits))
 
 
 def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
@@ -61,39 +75,55 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     rows, classes = operands.logits.shape
     packed = task.labels == "packed"
     sums = task.value == "rows"
+    dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
     chip = dataclasses.replace(CPU, by_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task.bind(operands.scalars), value=None if task.gradient else "elements")
 
-    def at(operand: Array, row: Array, column: Array) -> Array:
+    width = math.ceil(tiling.classes / tiling.pieces)
+
+    def at(operand: Array, row: Array | int, column: Array | int, columns: int) -> Array:
         """The block's part of an operand that may be constant along either dimension."""
         start = (row if operand.shape[0] > 1 else 0, column if operand.shape[1] > 1 else 0)
-        size = tuple(min(n, m) for n, m in zip(operand.shape, (tiling.rows, tiling.classes), strict=True))
+        size = tuple(min(n, m) for n, m in zip(operand.shape, (tiling.rows, columns), strict=True))
         return lax.dynamic_slice(operand, start, size)
 
     def block(i: Array, j: Array, result: Array) -> Array:
         # The last block starts early enough to be whole. What it computes twice comes out the same twice; only a row's
         # sum must not count it again.
         row = least(i * tiling.rows, rows - tiling.rows)
-        column = jnp.minimum(j * tiling.classes, classes - tiling.classes)
+        column = least(j * tiling.classes, classes - tiling.classes)
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands.arrays(), row))
-        parts = {name: at(array, row, column) for name, array in arrays.items() if not (packed and name == "labels")}
+        labels = None
         if packed:
-            words = lax.dynamic_slice(arrays["labels"], (row, 0), (tiling.rows, arrays["labels"].shape[1]))
+            words = lax.dynamic_slice(arrays.pop("labels"), (row, 0), (tiling.rows, operands.labels.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
-            parts["labels"] = _unpacked(words, tiling.classes)
-        found = by_element.evaluate(Operands(**parts), chip=chip)
+            labels = _unpacked(words, tiling.classes)
+
+        def evaluate(start: int, columns: int) -> Result:
+            parts = {name: at(array, row, column + start, columns) for name, array in arrays.items()}
+            if labels is not None:
+                parts["labels"] = at(labels, 0, start, columns)
+            return by_element.evaluate(Operands(**parts), chip=chip)
+
         if not sums:
+            found = evaluate(0, tiling.classes)
             part = found.gradient if task.gradient else found.value
             return lax.dynamic_update_slice(result, part.astype(result.dtype), (row, column))
-        value = found.value
-        if classes % tiling.classes:
-            fresh = lax.broadcasted_iota(jnp.int32, value.shape, 1) + column >= j * tiling.classes
-            value = jnp.where(fresh, value, 0.0)
+        added = jnp.zeros((), dtype)
+        for k in range(tiling.pieces):
+            start = min(k * width, tiling.classes - width)  # the last piece is as wide as any, like the last block
+            value = evaluate(start, width).value
+            at_class = lax.broadcasted_iota(jnp.int32, value.shape, 1) + start
+            if start < k * width:
+                value = jnp.where(at_class >= k * width, value, 0.0)
+            if classes % tiling.classes:
+                value = jnp.where(at_class + column >= j * tiling.classes, value, 0.0)
+            added = added + value
         # As a product, since a sum over the last dimension would be neither vectorised nor shared by the cores.
-        signs = jnp.full(tiling.classes, 1.0 if chip.by_element else task.formula.sign(False), value.dtype)
-        added = jnp.dot(value, signs, precision=lax.Precision.HIGHEST)
+        signs = jnp.full(width, 1.0 if chip.by_element else task.formula.sign(False), dtype)
+        added = jnp.dot(added, signs, precision=lax.Precision.HIGHEST)
         before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result, (row,), (tiling.rows,)))
         return lax.dynamic_update_slice(result, before + added, (row,))
 
@@ -103,7 +133,6 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             return block(i, jnp.zeros_like(i), result)
         return lax.fori_loop(0, columns, lambda j, result: block(i, j, result), result)
 
-    dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
     start = jnp.zeros((rows,) if sums else (rows, classes), dtype)
     result = lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
     return result if chip.by_element else jnp.where(result <= 0.0, 0.0, result)  # a NaN stays one
