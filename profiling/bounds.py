@@ -62,7 +62,7 @@ def on_the_cpu() -> Iterator[Line]:
     arrays = jax.device_put(cases.ON_CPU.arrays())
     compiled = {name: jax.jit(f).lower(*arrays).compile() for name, f in steps().items()}
     runners = {
-        name: speed.Runner(name, lambda run=run: jax.block_until_ready(run(*arrays)), None)  # type: ignore[misc]
+        name: speed.Runner(name, lambda run=run: jax.block_until_ready(run(*arrays)), None)
         for name, run in compiled.items()
     }
     for _ in track(range(ROUNDS), "CPU, in turns", console=Console(stderr=True)):

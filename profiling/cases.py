@@ -67,7 +67,7 @@ class Case:
         return self.elements * 2 * jnp.dtype(self.logits).itemsize + of_labels
 
     def floor_of(self, mode: str) -> int:
-        return self.floor - (0 if mode == GRADIENT else self.elements * jnp.dtype(self.logits).itemsize)
+        return self.floor - (self.elements * jnp.dtype(self.logits).itemsize if mode == FORWARD else 0)
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, Any]:
         rows, classes = self.shape
@@ -103,6 +103,8 @@ class Case:
 
 GRADIENT, FORWARD = "value and gradient", "forward"
 MODES = (GRADIENT, FORWARD)
+# The logits are given up, as within a train step that makes them and has no other use for them.
+IN_PLACE = "value and gradient, in place"
 
 ON_CPU = Case((1024, 8192), "float32", "int8", BACKENDS)
 ON_CHIP = Case((4096, 8192), "bfloat16", "int8", (GPU, TPU, *COMPILED))

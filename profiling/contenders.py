@@ -42,6 +42,7 @@ class Contender:
       build: gives the function of (logits, labels) that returns the total.
       implementation: ours by this name; None for a peer.
       package: what has to be installed; torch runs on torch's own tensors.
+      absent: what else it needs, and isn't there.
       slow: XLA takes long to compile it for a TPU, so --quick leaves it out there.
     """
 
@@ -52,6 +53,7 @@ class Contender:
     implementation: str | None = None
     package: str | None = None
     slow: bool = False
+    absent: Callable[[], str | None] = lambda: None
 
     @property
     def ours(self) -> bool:
@@ -68,7 +70,7 @@ class Contender:
     def missing(self, place: str) -> str | None:
         """Why it can't be had here, or None."""
         if self.torch:
-            reason = torch_peers.missing()
+            reason = torch_peers.missing() or self.absent()
             return reason or ("this torch sees no GPU" if place == GPU and not torch_peers.has_cuda() else None)
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed: pip install {self.package}"
@@ -140,6 +142,14 @@ CONTENDERS: tuple[Contender, ...] = (
         package="optax",
     ),
     Contender("torch-asl", "torch, timm's ASL", ASL, torch_peers.asymmetric, package="torch"),
+    Contender(
+        "torch-official",
+        "torch, the official ASL, optimized",
+        ASL,
+        torch_peers.official,
+        package="torch",
+        absent=torch_peers.lacks_official,
+    ),
     Contender("torch-asl-compiled", "torch.compile, timm's ASL", ASL, torch_peers.asymmetric_compiled, package="torch"),
     Contender("torch-bce", "torch, cross-entropy", "cross-entropy", torch_peers.cross_entropy, package="torch"),
     Contender(

@@ -135,7 +135,7 @@ def on_this_device(shape: tuple[int, int, int], dtype: str) -> Iterator[Line]:
         operands["three_products"] = labels.astype(dtype)
     compiled = {name: jax.jit(STEPS[name]).lower(features, kernel, third).compile() for name, third in operands.items()}
     runners = {
-        name: Runner(name, lambda n=name: jax.block_until_ready(compiled[n](features, kernel, operands[n])), None)  # type: ignore[misc]
+        name: Runner(name, lambda n=name: jax.block_until_ready(compiled[n](features, kernel, operands[n])), None)
         for name in compiled
     }
     for _ in range(ROUNDS):

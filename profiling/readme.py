@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from profiling import contenders, local, results, tables, targets
-from profiling.cases import GRADIENT, IDS, ON_CHIP
+from profiling.cases import GRADIENT, IDS, IN_PLACE, ON_CHIP
 from profiling.results import Document
 
 README = local.ROOT / "README.md"
@@ -94,6 +94,7 @@ def speed(device: str, folder: pathlib.Path) -> str:
     planned = results.load_or_empty(results.path_of(device, "memory", folder))
     case = timed.main_case()
     rows, memory = timed.rows_of(case.name, GRADIENT), planned.rows_of(case.name, GRADIENT)
+    in_place = timed.rows_of(case.name, IN_PLACE)
     by_batch, by_classes = (grown.rows_of(side, GRADIENT) for side in ("batch", "classes"))
     if not rows:
         return ""
@@ -107,11 +108,14 @@ def speed(device: str, folder: pathlib.Path) -> str:
             tables.number(side[contender.name].figures["slope"], ".2f") if contender.name in side else "-"
             for side in (by_batch, by_classes)
         ]
+        given_up = in_place[contender.name].figures if contender.name in in_place else None
         lines.append(
             [
                 contender.title,
                 tables.milliseconds(figures["seconds"]),
                 tables.ratio(figures),
+                tables.milliseconds(given_up["seconds"]) if given_up else "-",
+                tables.ratio(given_up) if given_up else "-",
                 tables.percent(figures["fraction_of_floor"]),
                 ", ".join(slopes),
                 tables.mib(of_memory, "temporaries"),
@@ -119,11 +123,17 @@ def speed(device: str, folder: pathlib.Path) -> str:
                 tables.seconds(figures["compile_seconds"]),
             ]
         )
-        used += [side[contender.name].run for side in (rows, memory, by_batch, by_classes) if contender.name in side]
+        used += [
+            side[contender.name].run
+            for side in (rows, in_place, memory, by_batch, by_classes)
+            if contender.name in side
+        ]
     header = [
         case.name,
         "ms",
         "times ours (95 % interval)",
+        "in place, ms",
+        "times ours",
         "of the floor",
         "slope by batch, classes",
         "temporaries, MiB",

@@ -4,6 +4,9 @@ A shared machine's clock drifts, so nothing is compared across runs. An untimed 
 loop calls its step again and again, and a contender should not pay for returning the pages that the one before it had
 asked for. What is too short for the clock is called several times in a row.
 
+In place, the logits are donated: a copy of them is made before the clock starts, and nothing is freed before it stops.
+torch's autograd writes no gradient over its logits, so its losses are timed as ever.
+
 The yardstick is a copy in the same turns: x + 1 of the logits under jit, one array read and one written, fresh
 like a contender's gradient. The floor of a step is the bytes that it can't do without at the copy's rate.
 """
@@ -24,7 +27,7 @@ import numpy as np
 import scipy.stats
 
 from profiling import cases, contenders, results, torch_peers
-from profiling.cases import GPU, GRADIENT, MODES, Case
+from profiling.cases import CPU, FORWARD, GPU, GRADIENT, IN_PLACE, MODES, Case
 from profiling.contenders import Contender, Unserved
 from profiling.results import Row
 from profiling.session import Session, described, device_of
@@ -38,27 +41,40 @@ _TOO_SLOW = "torch.compile takes ten seconds for each size"
 
 @dataclasses.dataclass
 class Runner:
-    """A contender made ready: a call that waits for its result, how long its compilation took, and its timings."""
+    """A contender made ready: a call that waits for its result, how long its compilation took, and its timings.
+
+    What a call gives up is made anew for each, before the clock starts.
+    """
 
     contender: str
-    call: Callable[[], Any]
+    call: Callable[..., Any]
     compile_seconds: float | None
+    given_up: Callable[[], Any] | None = None
     calls: int = 1
     seconds: list[float] = dataclasses.field(default_factory=list)
     error: str = ""
 
     def warm_up(self) -> None:
-        self.call()
+        self.call(*self.arguments())
+        arguments = self.arguments()
         start = time.perf_counter()
-        self.call()
+        self.call(*arguments)
         self.calls = max(1, min(1000, math.ceil(SHORTEST / max(time.perf_counter() - start, 1e-7))))
 
+    def arguments(self) -> tuple[Any, ...]:
+        return () if self.given_up is None else (self.given_up(),)
+
     def time(self) -> None:
-        self.call()
+        self.call(*self.arguments())
+        given = [self.arguments() for _ in range(self.calls)]
+        found: Any = None
         start = time.perf_counter()
-        for _ in range(self.calls):
-            self.call()
+        for arguments in given:
+            found = self.call(*arguments)
+            if not arguments:
+                found = None  # its memory goes back, as in a train loop
         self.seconds.append((time.perf_counter() - start) / self.calls)
+        del found
 
 
 def prepare(contender: Contender, case: Case, mode: str, arrays: tuple[Any, Any], backend: str) -> Runner:
@@ -66,24 +82,36 @@ def prepare(contender: Contender, case: Case, mode: str, arrays: tuple[Any, Any]
     start = time.perf_counter()
     if contender.torch:
         operands = torch_peers.tensors(arrays, cuda=backend == GPU)
-        call = torch_peers.step(contender.build(), operands, mode == GRADIENT)
+        call = torch_peers.step(contender.build(), operands, mode != FORWARD)
         start = time.perf_counter()
         call()  # torch.compile compiles at the first call
         seconds = time.perf_counter() - start if contender.compiled_by_torch else None
         return Runner(contender.name, call, seconds)
-    placed = jax.device_put(arrays)
-    compiled = jax.jit(contenders.step(contender.build(), mode)).lower(*placed).compile()
-    return Runner(contender.name, lambda: jax.block_until_ready(compiled(*placed)), time.perf_counter() - start)
+    logits, labels = jax.device_put(arrays)
+    return _jitted(contender.name, contenders.step(contender.build(), mode), mode, start, logits, labels)
 
 
-def prepare_copy(arrays: tuple[Any, Any]) -> Runner:
-    logits = jax.device_put(arrays[0])
-    copy = jax.jit(lambda x: x + 1).lower(logits).compile()
-    return Runner(COPY, lambda: jax.block_until_ready(copy(logits)), None)
+def prepare_copy(arrays: tuple[Any, Any], mode: str) -> Runner:
+    return _jitted(COPY, lambda x: x + 1, mode, time.perf_counter(), jax.device_put(arrays[0]))
+
+
+def _jitted(name: str, step: Callable[..., Any], mode: str, start: float, logits: Any, *others: Any) -> Runner:
+    if mode != IN_PLACE:
+        compiled = jax.jit(step).lower(logits, *others).compile()
+        seconds = time.perf_counter() - start
+        return Runner(name, lambda: jax.block_until_ready(compiled(logits, *others)), seconds)
+    compiled = jax.jit(step, donate_argnums=0).lower(logits, *others).compile()
+    seconds = time.perf_counter() - start
+    return Runner(
+        name,
+        lambda fresh: jax.block_until_ready(compiled(fresh, *others)),
+        seconds,
+        given_up=lambda: jax.block_until_ready(jnp.array(logits, copy=True)),
+    )
 
 
 def measure(session: Session) -> None:
-    """The main cases in both modes, how time grows with batch and classes, and the other cases."""
+    """The main cases in all modes, how time grows with batch and classes, and the other cases."""
     request = session.request
     backend = request.backend
     if backend not in request.places():
@@ -91,7 +119,9 @@ def measure(session: Session) -> None:
     rounds = QUICK_ROUNDS if request.quick else ROUNDS
     mine = [case for case in request.cases() if backend in case.places]
     for case in filter(request.whole, mine):
-        for mode in MODES if not request.quick else (GRADIENT,):
+        modes = (GRADIENT,) if request.quick else MODES
+        # On a chip it takes donate_logits, and the kernel moves as many bytes.
+        for mode in (*modes, IN_PLACE) if backend == CPU else modes:
             if not session.cut_short:
                 session.rows += in_turns(session, case, mode, rounds)
     if request.case is None and not session.cut_short:
@@ -112,7 +142,7 @@ def in_turns(session: Session, case: Case, mode: str, rounds: int, kind: str = "
     with session.progress() as progress:
         task = progress.add_task("", total=len(chosen) + rounds)
         try:
-            copy = prepare_copy(arrays)
+            copy = prepare_copy(arrays, mode)
             for contender in chosen:
                 progress.update(task, description=f"{kind}: {case.name} {mode}, compiling {contender.name}")
                 try:

@@ -1,5 +1,8 @@
 """The losses of torch's users: timm's AsymmetricLossMultiLabel and BCEWithLogits, eager and under torch.compile.
 
+And the official code's AsymmetricLossOptimized. It is in no package: clone its repository, and name the folder in the
+environment as ASL_OFFICIAL.
+
 torch is imported when one of them is built. The tensors hold the same logits and labels as JAX's arrays; labels are
 float32, as both losses want them, made before the clock starts.
 """
@@ -8,11 +11,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 INSTALL = "pip install '.[peers]'"
+OFFICIAL, REPOSITORY = "ASL_OFFICIAL", "https://github.com/Alibaba-MIIL/ASL"
+_LOSSES = "src/loss_functions/losses.py"
 
 
 @functools.cache
@@ -38,6 +45,24 @@ def asymmetric() -> Any:
     return importlib.import_module("timm.loss").AsymmetricLossMultiLabel(
         gamma_neg=4, gamma_pos=1, clip=0.05, reduction="sum"
     )
+
+
+def lacks_official() -> str | None:
+    """Why the official code can't be had, or None."""
+    folder = os.environ.get(OFFICIAL)
+    if not folder:
+        return f"the official code is no package: git clone {REPOSITORY}, and its folder in {OFFICIAL}"
+    return None if (pathlib.Path(folder) / _LOSSES).is_file() else f"{OFFICIAL}={folder} has no {_LOSSES}"
+
+
+def official() -> Any:
+    specification = importlib.util.spec_from_file_location(
+        "official_losses", pathlib.Path(os.environ[OFFICIAL], _LOSSES)
+    )
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.AsymmetricLossOptimized(gamma_neg=4, gamma_pos=1, clip=0.05)
 
 
 def cross_entropy() -> Any:

@@ -317,6 +317,49 @@ def test_turns_that_are_cut_short_give_the_rounds_so_far(monkeypatch):
     assert rows["ours-xla"].figures["ratio_to_ours"] == 1
 
 
+def test_in_place_each_call_gets_logits_of_its_own_before_the_clock_starts_and_gives_them_up(monkeypatch):
+    (case,) = cases.select([SMALL])
+    arrays = case.arrays()
+    runner = speed.prepare(contenders.find("ours-xla"), case, cases.IN_PLACE, arrays, "cpu")
+    given: list[Any] = []
+    make = runner.given_up
+    assert make is not None
+
+    def remembered() -> Any:
+        given.append(make())
+        return given[-1]
+
+    runner.given_up, runner.calls = remembered, 3
+    clock = iter([10.0, 16.0])
+
+    def now() -> float:
+        # Before the start all are there, and at the end all are gone but none is missing.
+        assert len(given) == 4
+        return next(clock)
+
+    monkeypatch.setattr(speed.time, "perf_counter", now)
+    runner.time()
+    assert runner.seconds == [2.0] and all(logits.is_deleted() for logits in given)
+    value, gradient = runner.call(make())
+    expected = jax.jit(jax.value_and_grad(contenders.find("ours-xla").build()))(*arrays)
+    assert value == expected[0] and bool((gradient == expected[1]).all())
+
+
+def test_in_place_is_measured_on_the_cpu_beside_fresh_gradients():
+    short = Session(Request("cpu", only=("optax-bce",), case=(SMALL,), target=("local",)))
+    speed.measure(short)
+    modes = {mode: {row.contender for row in short.rows if row.mode == mode} for mode in (*cases.MODES, cases.IN_PLACE)}
+    assert set(map(frozenset, modes.values())) == {frozenset({"ours-xla", "optax-bce"})}
+    assert all(row.measured and row.figures["seconds"] > 0 for row in short.rows)
+
+
+def test_the_official_code_is_asked_for_by_its_repository(monkeypatch, tmp_path):
+    monkeypatch.delenv(torch_peers.OFFICIAL, raising=False)
+    assert torch_peers.REPOSITORY in str(torch_peers.lacks_official())
+    monkeypatch.setenv(torch_peers.OFFICIAL, str(tmp_path))
+    assert str(tmp_path) in str(torch_peers.lacks_official())
+
+
 def test_the_interval_of_a_ratio_holds_its_median_and_needs_enough_rounds():
     ratios = [1.0 + 0.1 * k for k in range(11)]
     low, high = speed.interval(ratios)
