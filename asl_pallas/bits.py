@@ -107,8 +107,8 @@ def unpack_tile(words: Array, first: Array | int, blocks: int) -> Array:
     return (jnp.concatenate(bits, axis=1) if blocks > 1 else bits[0]) != 0
 
 
-def pack_tile(ids: Array, first: Array, classes: int) -> Array:
-    """(128, rows) words, int32, of the at most 4096 classes from `first` on, from (k, rows) ids.
+def pack_tile(words: Array, ids: Array, first: Array, classes: int) -> Array:
+    """(128, rows) words, int32, of the at most 4096 classes from `first` on, with the bits of (k, rows) ids added.
 
     On a TPU, comparing every word's number with every id is far faster than setting single bits. With the rows along
     the lanes an id is spread over the words of its row without a lane being moved: k=16 ids take 0.5 bundles per 1024
@@ -118,9 +118,8 @@ def pack_tile(ids: Array, first: Array, classes: int) -> Array:
     inside = (local >= 0) & (local < classes)
     bit = jnp.where(inside, lax.shift_left(jnp.int32(1), (local >> 7) & (BITS - 1)), 0)
     word = local & (LANES - 1)
-    shape = (LANES, ids.shape[1])
+    shape = words.shape
     numbers = lax.broadcasted_iota(jnp.int32, shape, 0)
-    words = jnp.zeros(shape, jnp.int32)
     for t in range(ids.shape[0]):
         words |= jnp.where(numbers == word[t : t + 1], jnp.broadcast_to(bit[t : t + 1], shape), 0)
     return words

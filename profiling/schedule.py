@@ -10,6 +10,8 @@ doesn't tell has none counted.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from typing import Any
 
@@ -23,10 +25,11 @@ from profiling.session import Job, Request, Session, pairs, places_of
 
 # Compiles one step in a process of its own, as libtpu reads its flags once: target, case, contender, mode.
 SCRIPT = """
-import sys
+import json, sys
 from profiling import cases, contenders, targets
-target, (case,), contender, mode = sys.argv[1], cases.select([sys.argv[2]]), contenders.find(sys.argv[3]), sys.argv[4]
-targets.compile_for(target, contenders.step(contender.build(), mode), *case.shapes())
+target, case, contender, mode = sys.argv[1:]
+step = contenders.step(contenders.find(contender).build(), mode)
+targets.compile_for(target, step, *cases.Case(**json.loads(case)).shapes())
 """
 
 
@@ -60,7 +63,7 @@ def measure(session: Session) -> None:
 
 
 def on_tpu(target: str, case: Case, contender: Contender, mode: str) -> dict[str, Any]:
-    found = targets.schedules(target, SCRIPT, target, case.name, contender.name, mode)
+    found = targets.schedules(target, SCRIPT, target, json.dumps(dataclasses.asdict(case)), contender.name, mode)
     task = Task(AsymmetricLoss(), "rows", mode == GRADIENT, labels=case.form)
     kernels: list[dict[str, Any]] = []
     cycles, counted, innermost = 0.0, True, None

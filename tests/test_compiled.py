@@ -213,12 +213,10 @@ def test_a_small_problem_takes_no_more_cycles_than_the_closed_form_under_xla(nam
 
 
 @pytest.mark.parametrize("shape", [(32, 8192), (256, 1024), (4096, 64)])
-def test_the_least_problem_that_the_kernel_gets_takes_no_more_cycles_than_the_closed_form_under_xla(shape, monkeypatch):
+def test_the_least_problem_that_the_kernel_gets_takes_no_more_cycles_than_the_closed_form_under_xla(shape):
     available("v6e")
     case = cases.Case(shape, "float32", "int8", ("v6e",))
     assert holds_kernel("v6e", targets.compile_for("v6e", total(), *case.shapes()))
-    monkeypatch.setattr(schedule, "SCRIPT", schedule.SCRIPT.replace("cases.select([sys.argv[2]])", f"({case!r},)"))
-    monkeypatch.setattr(schedule, "SCRIPT", f"from profiling.cases import Case\n{schedule.SCRIPT}")
     cycles, theirs = (
         schedule.on_tpu("v6e", case, contenders.find(contender), cases.GRADIENT)["bundles_per_1024"]
         for contender in ("ours-mosaic_tpu", "closed-form")
@@ -321,6 +319,14 @@ def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, 
     figures = schedule.on_tpu(target, case, contenders.default(target), mode)
     assert bundles / 2 < figures["bundles_per_1024"] <= 1.1 * bundles
     assert figures["spills"] == 0
+
+
+@pytest.mark.parametrize(("form", "spills"), [("packed", 0), ("sparse", 2)])
+def test_few_labels_spill_next_to_nothing(form, spills):
+    """The two are in the loop that makes words of ids, once a group of 4096 classes; on jax 0.12 there are none."""
+    available("v5e")
+    case = dataclasses.replace(cases.ON_CHIP, labels=form)
+    assert schedule.on_tpu("v5e", case, contenders.default("v5e"), cases.GRADIENT)["spills"] <= spills
 
 
 @pytest.mark.parametrize(

@@ -192,14 +192,14 @@ def _quotient(n: Array, k: int) -> Array:
     return lax.div(n, jnp.int32(k))
 
 
-def _pack(ids, words, tiles: Array, pack: Callable[[Array], Array]) -> None:
+def _pack(ids, words, tiles: Array, pack: Callable[[Array, Array], Array]) -> None:
     """The words of the block's rows, which are made of their ids 128 rows at a time."""
 
     def rows(r, _):
         at = pl.ds(pl.multiple_of(r * LANES, LANES), LANES)
 
         def some(t, packed):
-            return packed | pack(ids[pl.ds(pl.multiple_of(t * TPU_IDS, TPU_IDS), TPU_IDS), at])
+            return pack(packed, ids[pl.ds(pl.multiple_of(t * TPU_IDS, TPU_IDS), TPU_IDS), at])
 
         turns, none = jnp.int32(ids.shape[0] // TPU_IDS), jnp.zeros((LANES, LANES), jnp.int32)
         words[at, :] = lax.fori_loop(jnp.int32(0), turns, some, none).T
@@ -338,7 +338,4 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         def _finish():
             sums = scratch["sums"][...]
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
-            if not chip.by_element:
-                sums = sums * task.formula.sign(task.gradient)
-                sums = jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
-            outputs["value"][...] = sums
+            outputs["value"][...] = sums if chip.by_element else task.without_sign(sums)

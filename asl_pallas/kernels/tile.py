@@ -106,6 +106,11 @@ class Task:
         weighted = operands.weights is not None or operands.pos_weight is not None
         return self.value != "rows" or weighted or self.is_soft(operands.labels.dtype)
 
+    def without_sign(self, sums: Array) -> Array:
+        """The rows' losses from sums of losses that have no sign of their own (`Arithmetic.by_element`)."""
+        sums = sums * self.formula.sign(self.gradient)
+        return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
+
     def _begin(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Any:
         x, labels, _ = self._read(tile, valid)
         return step(known, x, _is_positive(labels), chip)

@@ -122,8 +122,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
                 value = jnp.where(at_class + column >= j * tiling.classes, value, 0.0)
             added = added + value
         # As a product, since a sum over the last dimension would be neither vectorised nor shared by the cores.
-        signs = jnp.full(width, 1.0 if chip.by_element else task.formula.sign(False), dtype)
-        added = jnp.dot(added, signs, precision=lax.Precision.HIGHEST)
+        added = jnp.dot(added, jnp.ones(width, dtype), precision=lax.Precision.HIGHEST)
         before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result, (row,), (tiling.rows,)))
         return lax.dynamic_update_slice(result, before + added, (row,))
 
@@ -135,7 +134,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     start = jnp.zeros((rows,) if sums else (rows, classes), dtype)
     result = lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
-    return result if chip.by_element else jnp.where(result <= 0.0, 0.0, result)  # a NaN stays one
+    return result if chip.by_element else task.without_sign(result)
 
 
 def _unpacked(words: Array, classes: int) -> Array:
