@@ -45,9 +45,9 @@ comma := ,
 # The CUDA plugin has to have jax's own version; no card and no driver are needed to compile with it.
 define install
 @echo "$(1)/bin/pip install -e .[$(2)]"
-@$(1)/bin/pip install -q -e ".[$(2)]"
+@$(1)/bin/pip install -q --no-compile -e ".[$(2)]"
 @version=$$($(1)/bin/python -c "import jax; print(jax.__version__)"); \
-	$(1)/bin/pip install -q jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	$(1)/bin/pip install -q --no-compile jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
 endef
 
 define make_venv
