@@ -121,6 +121,7 @@ CASES = (
     Case((64, 131072), "float32", "int8", BACKENDS),
     Case((64, 131072), "float32", "packed", BACKENDS),
     Case((64, 131072), "float32", "sparse", BACKENDS),
+    Case((64, 1048576), "bfloat16", "int8", (GPU, TPU)),
     ON_CHIP,
     Case((4096, 8192), "float32", "int8", (GPU, TPU, *COMPILED)),
     Case((4096, 8192), "bfloat16", "bfloat16", (GPU, TPU, *COMPILED)),

@@ -15,6 +15,8 @@ import json
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling, triton_tiling
@@ -177,7 +179,8 @@ def warp_instructions(kernel: targets.Resources, case: Case) -> float | None:
     if "asl_pallas" not in kernel.name:
         return None
     rows, classes = case.shape
-    tiling = triton_tiling(rows, classes)
+    plain = case.form == "dense" and not case.soft
+    tiling = triton_tiling(rows, classes, jnp.dtype(case.logits).itemsize, plain)
     if classes > tiling.chunk and classes % tiling.chunk:
         return None  # a loop for chunks with an edge beside the one for those without
     chunks = math.ceil(rows / tiling.rows) * math.ceil(classes / tiling.chunk)

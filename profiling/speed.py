@@ -2,7 +2,8 @@
 
 A shared machine's clock drifts, so nothing is compared across runs. An untimed call goes before each timed one: a train
 loop calls its step again and again, and a contender should not pay for returning the pages that the one before it had
-asked for. What is too short for the clock is called several times in a row.
+asked for. What is too short for the clock is called several times in a row. On an accelerator these calls are in flight
+together, as a train loop's steps are, and the clock stops when the last one has ended.
 
 In place, the logits are donated: a copy of them is made before the clock starts, and nothing is freed before it stops.
 torch's autograd writes no gradient over its logits, so its losses are timed as ever.
@@ -41,37 +42,44 @@ _TOO_SLOW = "torch.compile takes ten seconds for each size"
 
 @dataclasses.dataclass
 class Runner:
-    """A contender made ready: a call that waits for its result, how long its compilation took, and its timings.
+    """A contender made ready: a call, how long its compilation took, and its timings.
 
-    What a call gives up is made anew for each, before the clock starts.
+    What a call gives up is made anew for each, before the clock starts. `finish` waits for what the last call returned;
+    None where each waits for its own end.
     """
 
     contender: str
     call: Callable[..., Any]
     compile_seconds: float | None
     given_up: Callable[[], Any] | None = None
+    finish: Callable[[Any], Any] | None = None
     calls: int = 1
     seconds: list[float] = dataclasses.field(default_factory=list)
     error: str = ""
 
     def warm_up(self) -> None:
-        self.call(*self.arguments())
-        arguments = self.arguments()
+        self.run([self.arguments()])
+        given = [self.arguments()]
         start = time.perf_counter()
-        self.call(*arguments)
+        self.run(given)
         self.calls = max(1, min(1000, math.ceil(SHORTEST / max(time.perf_counter() - start, 1e-7))))
 
     def arguments(self) -> tuple[Any, ...]:
         return () if self.given_up is None else (self.given_up(),)
 
-    def time(self) -> None:
-        self.call(*self.arguments())
-        given = [self.arguments() for _ in range(self.calls)]
-        start = time.perf_counter()
+    def run(self, given: Sequence[tuple[Any, ...]]) -> None:
         for arguments in given:
             found = self.call(*arguments)
-            if not arguments:
+            if self.finish is None and not arguments:
                 del found  # its memory goes back, as in a train loop
+        if self.finish is not None:
+            self.finish(found)
+
+    def time(self) -> None:
+        self.run([self.arguments()])
+        given = [self.arguments() for _ in range(self.calls)]
+        start = time.perf_counter()
+        self.run(given)
         self.seconds.append((time.perf_counter() - start) / self.calls)
 
 
@@ -81,30 +89,37 @@ def prepare(contender: Contender, case: Case, mode: str, arrays: tuple[Any, Any]
     if contender.torch:
         operands = torch_peers.tensors(arrays, cuda=backend == GPU)
         call = torch_peers.step(contender.build(), operands, mode != FORWARD)
+        finish = torch_peers.wait if backend == GPU else None
         start = time.perf_counter()
         call()  # torch.compile compiles at the first call
         seconds = time.perf_counter() - start if contender.compiled_by_torch else None
-        return Runner(contender.name, call, seconds)
+        return Runner(contender.name, call, seconds, finish=finish)
     logits, labels = jax.device_put(arrays)
-    return _jitted(contender.name, contenders.step(contender.build(), mode), mode, start, logits, labels)
+    step = contenders.step(contender.build(), mode)
+    return _jitted(contender.name, step, mode, backend, start, logits, labels)
 
 
-def prepare_copy(arrays: tuple[Any, Any], mode: str) -> Runner:
-    return _jitted(COPY, lambda x: x + 1, mode, time.perf_counter(), jax.device_put(arrays[0]))
+def prepare_copy(arrays: tuple[Any, Any], mode: str, backend: str) -> Runner:
+    return _jitted(COPY, lambda x: x + 1, mode, backend, time.perf_counter(), jax.device_put(arrays[0]))
 
 
-def _jitted(name: str, step: Callable[..., Any], mode: str, start: float, logits: Any, *others: Any) -> Runner:
-    if mode != IN_PLACE:
-        compiled = jax.jit(step).lower(logits, *others).compile()
-        seconds = time.perf_counter() - start
-        return Runner(name, lambda: jax.block_until_ready(compiled(logits, *others)), seconds)
-    compiled = jax.jit(step, donate_argnums=0).lower(logits, *others).compile()
+def _jitted(
+    name: str, step: Callable[..., Any], mode: str, backend: str, start: float, logits: Any, *others: Any
+) -> Runner:
+    donated = mode == IN_PLACE
+    compiled = jax.jit(step, donate_argnums=0 if donated else ()).lower(logits, *others).compile()
     seconds = time.perf_counter() - start
+
+    def call(*fresh: Any) -> Any:
+        found = compiled(*(fresh or (logits,)), *others)
+        return jax.block_until_ready(found) if backend == CPU else found
+
     return Runner(
         name,
-        lambda fresh: jax.block_until_ready(compiled(fresh, *others)),
+        call,
         seconds,
-        given_up=lambda: jax.block_until_ready(jnp.array(logits, copy=True)),
+        given_up=(lambda: jax.block_until_ready(jnp.array(logits, copy=True))) if donated else None,
+        finish=None if backend == CPU else jax.block_until_ready,
     )
 
 
@@ -140,7 +155,7 @@ def in_turns(session: Session, case: Case, mode: str, rounds: int, kind: str = "
     with session.progress() as progress:
         task = progress.add_task("", total=len(chosen) + rounds)
         try:
-            copy = prepare_copy(arrays, mode)
+            copy = prepare_copy(arrays, mode, backend)
             for contender in chosen:
                 progress.update(task, description=f"{kind}: {case.name} {mode}, compiling {contender.name}")
                 try:

@@ -19,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    else:
+        # The workers share the chip's memory: none may take most of it when it starts.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # The same examples every time and no clock: a slow machine must not fail a property.
     hypothesis.settings.register_profile(
         "asl_pallas", derandomize=True, deadline=None, database=None, max_examples=60, print_blob=False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import GAMMAS_AND_CLIP, assert_parity, cotangent_of, labels_of, logits_of
 
-from asl_pallas import asymmetric_loss
+from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 
 BACKENDS = {"triton": "gpu", "mosaic_tpu": "tpu"}
@@ -37,7 +39,11 @@ def test_loss_and_gradient_match_float64(kernel, gamma_neg, gamma_pos, clip):
     assert_parity(x, y, implementation=kernel, traced=tuple(options), **options)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (33, 7), (33, 80), (1, 9605), (33, 9605), (300, 8192), (3000, 130)])
+# Rows of less than a chunk and of several; on a GPU also such as lie flat, one to a tile, many, and with an end within.
+SIZES = [(1, 1), (33, 7), (33, 80), (1, 9605), (33, 9605), (40, 9605), (300, 8192), (3000, 130), (3000, 33), (304, 601)]
+
+
+@pytest.mark.parametrize("shape", SIZES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_size_and_dtype_matches_float64(kernel, shape, dtype):
     by_name = None if (kernel, dtype) == ("mosaic_tpu", "float16") else kernel
@@ -47,6 +53,41 @@ def test_every_size_and_dtype_matches_float64(kernel, shape, dtype):
 @pytest.mark.parametrize("labels", ["bool", "uint8", "int32", "float32", "bfloat16"])
 def test_every_labels_dtype_matches_float64(kernel, labels):
     assert_parity(logits_of((33, 257)), labels_of((33, 257), dtype=labels), implementation=kernel)
+
+
+@pytest.mark.parametrize("shape", [(40, 9605), (304, 601), (64, 65536)])
+@pytest.mark.parametrize("form", ["packed", "sparse"])
+def test_few_labels_match_the_dense_ones(kernel, form, shape):
+    x, dense = jnp.asarray(logits_of(shape)), labels_of(shape)
+    if form == "packed":
+        few: Any = PackedLabels.from_dense(dense)
+    else:
+        ids = np.random.default_rng(0).integers(0, shape[1], (shape[0], 9))
+        few, dense = SparseLabels(ids, shape[1]), np.zeros(shape, np.int8)
+        np.put_along_axis(dense, ids, 1, axis=1)
+    step = jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, implementation=kernel).sum())
+    value, slope = step(x, few)
+    expected = step(x, jnp.asarray(dense))
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    np.testing.assert_allclose(slope, expected[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(40, 9605), (304, 601), (300, 8192)])
+def test_a_gradient_in_the_logits_place_is_the_same(kernel, shape):
+    """Where rows share a vector, one must not have written over it before the other has read it."""
+    x, y = jnp.asarray(logits_of(shape), jnp.bfloat16), jnp.asarray(labels_of(shape))
+
+    def step(donate: bool) -> Any:
+        def loss(x: Any) -> Any:
+            return asymmetric_loss(x, y, implementation=kernel, donate_logits=donate).sum()
+
+        return jax.jit(jax.value_and_grad(loss), donate_argnums=0 if donate else ())
+
+    expected = step(False)(x)
+    for _ in range(5):
+        found = step(True)(jnp.array(x, copy=True))
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+        np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_masks_weights_and_losses_per_element_match_float64(kernel):
@@ -77,7 +118,7 @@ def test_infinite_and_nan_logits_give_limits_and_nan(kernel, clip):
 )
 @pytest.mark.parametrize(("logits", "labels"), [("float32", "int8"), ("bfloat16", "int8"), ("float16", "float32")])
 def test_mosaic_gpu_by_name_matches_float64(shape, logits, labels):
-    """Plain copies and tensor maps, stores by the engine and by the threads, spans of one row and many rows."""
+    """Copies of whole rows and of what lies around a chunk, stores by engine and threads, spans of a row, many rows."""
     if jax.default_backend() != "gpu" or float(getattr(jax.devices()[0], "compute_capability", 0)) < 9:
         pytest.skip("needs a Hopper GPU or a later one")
     if reason := lacks_mosaic_gpu():

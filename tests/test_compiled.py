@@ -403,8 +403,8 @@ def test_the_mosaic_gpu_kernel_loads_by_the_copy_engine_and_spills_nothing(
     assert re.findall(r"(\d+) bytes spill", report) == ["0", "0"]
     (registers,) = re.findall(r"Used (\d+) registers", report)
     assert 16 <= int(registers) <= 64
-    plain, mapped = "cp.async.bulk.shared::cta.global", "cp.async.bulk.tensor.1d.shared::cta.global"
+    # A copy through a tensor map may start nowhere but at multiples of 16 bytes either: the H100 stops at it.
+    assert "cp.async.bulk.shared::" in ptx and "cp.async.bulk.tensor" not in ptx
     aligned = shape[1] % 16 == 0
-    assert (plain in ptx, mapped in ptx) == (aligned, not aligned)
     assert "ld.global" not in ptx
     assert ("cp.async.bulk.global.shared::cta" in ptx) == (gradient and aligned)

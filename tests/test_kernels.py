@@ -116,7 +116,7 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
     in_flight = 2 * tpu.rows * tpu.classes * (2 * x.dtype.itemsize + y.dtype.itemsize)
     assert in_flight <= 11 * 2**20
     assert tpu.rows < shape[0] + max(LANES, tpu.group) and tpu.classes < shape[1] + tpu.chunk
-    gpu = triton_tiling(*shape)
+    gpu = triton_tiling(*shape, x.dtype.itemsize, plain=y.dtype != jnp.float32)
     assert gpu.span % gpu.chunk == 0 and gpu.rows & (gpu.rows - 1) == 0 and gpu.chunk & (gpu.chunk - 1) == 0
     assert gpu.rows * gpu.chunk <= 2048
     # The last span may be short, it may not be empty.

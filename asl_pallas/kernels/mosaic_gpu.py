@@ -1,17 +1,17 @@
 """Pallas for Hopper and later, through Mosaic GPU: the copy engine brings chunks of rows, a warpgroup computes on them.
 
-The arrays are flat to the copy engine, which can start at any element of a flat array, so that rows of any length are
-served alike: a row's last chunk starts early enough to be whole. What it computes twice comes out the same twice; only
-the sum must not count it again. The programs stay on the chip and take one span of a row after the other; while a chunk
-is computed the next ones are on their way, across the ends of spans too.
+The copy engine starts at multiples of 16 bytes, with a tensor map too. Where all rows do, it brings chunks as they are
+and takes the gradient away. Where they don't, 9605 classes say, it brings a chunk of the flat array with what is between
+it and the multiple below, and the threads write to memory themselves, each beside its neighbour.
 
-Where all rows start at multiples of 16 bytes, one operation of the engine brings a chunk, and one takes the gradient
-away. Where they don't, it brings the chunk in pieces through a tensor map, but Mosaic gives it no such way out: there
-the threads write to memory themselves, each beside its neighbour.
+A row's last chunk starts early enough to be whole. What it computes twice comes out the same twice; only the sum must
+not count it again. The programs stay on the chip and take one span of a row after the other; while a chunk is computed
+the next ones are on their way, across the ends of spans too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -29,10 +29,8 @@ from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, va
 
 plgpu = mosaic_gpu_module()
 
-# The copy engine's: addresses and sizes of a plain copy, elements that a copy through a tensor map has at most along a
-# dimension, and the last element that one can start at.
+# The copy engine's addresses and sizes are multiples of 16 bytes, and so is this many elements of any size.
 _ALIGNMENT = 16
-_PIECE = 256
 _LAST_ELEMENT = 2**31 - 1
 
 
@@ -48,13 +46,23 @@ def _log1p(x: Array) -> Array:
 
 _TERMS = range(17, 0, -2)
 # Mosaic GPU knows neither log1p nor stop_gradient, and on 0.11 no function with a derivative of its own.
-_GPU = Arithmetic(
+_EXACT = Arithmetic(
     log=log,
     log1p=_log1p,
     reciprocal=lambda z: 1.0 / z,
     quotient=lambda n, d: n / d,
+    at_least=jnp.maximum,
+    at_most=jnp.minimum,
     constant=lambda x: x,
+    factors=True,
 )
+# With `approx_math` exp, log and rsqrt are an instruction or two each. They err by at most 2^-22, as Triton's do.
+_APPROXIMATE = dataclasses.replace(_EXACT, log=jnp.log, reciprocal=lambda z: lax.rsqrt(z) ** 2)
+
+
+def arithmetic(task: Task, operands: Operands) -> Arithmetic:
+    chip = _APPROXIMATE if task.formula.tolerant else _EXACT
+    return dataclasses.replace(chip, by_element=task.needs_elements(operands))
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -89,23 +97,28 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
     if task.value == "rows":
         outputs["value"] = outputs["value"]._replace(shape=(rows, tiling.spans))
-    kernel = _Kernel(task, tiling, inputs, outputs, by_engine)
+    chip = arithmetic(task, operands)
+    kernel = _Kernel(task, tiling, inputs, outputs, by_engine, chip)
+    flat = [_flat(array, tiling.chunk + kernel.lead(name)) for name, array in arrays.items()]
 
     # vmap one by one: the engine wants strides of 16 bytes, which a flat array's do not have once they are batched.
     @jax.custom_batching.sequential_vmap
     def call(*arrays: Array) -> list[Array]:
         shapes = [jax.ShapeDtypeStruct((output.size,), output.dtype) for output in outputs.values()]
         name = "asl_pallas_" + "_and_".join(outputs)
-        run = mosaic_gpu_kernel(kernel, shapes, kernel.scratch(), tiling.programs, name, interpret)
-        return run(*(array.reshape(-1) for array in arrays))
+        run = mosaic_gpu_kernel(
+            kernel, shapes, kernel.scratch(), tiling.programs, name, interpret, approximate=task.formula.tolerant
+        )
+        return run(*arrays)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    results, _ = vary_alike((call(*arrays.values()), operands.logits))
+    results, _ = vary_alike((call(*flat), operands.logits))
     found = {
         name: result.reshape(output.shape) for (name, output), result in zip(outputs.items(), results, strict=True)
     }
     if task.value == "rows":
-        found["value"] = jnp.sum(found["value"], axis=1)
+        sums = jnp.sum(found["value"], axis=1)
+        found["value"] = sums if chip.by_element else task.without_sign(sums)
     return Result(found.get("value"), found.get("gradient"))
 
 
@@ -114,6 +127,13 @@ def _loadable(array: Array, classes: int) -> Array:
     if array.dtype == jnp.bool_:
         return array.astype(jnp.int8 if array.shape[1] == classes else jnp.int32)
     return array.astype(jnp.float32) if array.dtype.itemsize == 8 or array.shape[1] < classes else array
+
+
+def _flat(array: Array, window: int) -> Array:
+    """In one dimension, filled up to whole pieces of the engine's and at least a window."""
+    flat = array.reshape(-1)
+    size = max(-(-flat.size // _ALIGNMENT) * _ALIGNMENT, window)
+    return jnp.pad(flat, (0, size - flat.size)) if size > flat.size else flat
 
 
 def _divmod(n: Array, by: int) -> tuple[Array, Array]:
@@ -145,8 +165,10 @@ class _Kernel:
         inputs: dict[str, _Shape],
         outputs: dict[str, _Shape],
         by_engine: bool,
+        chip: Arithmetic,
     ):
-        self.task, self.tiling, self.inputs, self.outputs, self.by_engine = task, tiling, inputs, outputs, by_engine
+        self.task, self.tiling, self.inputs, self.outputs = task, tiling, inputs, outputs
+        self.by_engine, self.chip = by_engine, chip
         self.rows, self.classes = inputs["logits"].shape
         self.loaded = [name for name, i in inputs.items() if name != "scalars" and i.shape[1] == self.classes]
         self.stored = [name for name in outputs if name == "gradient" or task.value == "elements"]
@@ -154,19 +176,17 @@ class _Kernel:
         self.__name__ = "asl_pallas"
 
     def scratch(self) -> dict[str, Any]:
-        def buffers(shapes: dict[str, _Shape], names: list[str]) -> dict[str, Any]:
-            return {n: plgpu.SMEM((self.tiling.stages, self.tiling.chunk), shapes[n].dtype) for n in names}
-
-        copies = sum(self.tiling.chunk // self.piece(name) for name in self.loaded)
+        stages, chunk = self.tiling.stages, self.tiling.chunk
+        stored = self.stored if self.by_engine else []
         return {
-            "loads": buffers(self.inputs, self.loaded),
-            "stores": buffers(self.outputs, self.stored) if self.by_engine else {},
-            "arrived": plgpu.Barrier(num_arrivals=copies, num_barriers=self.tiling.stages),
+            "loads": {n: plgpu.SMEM((stages, chunk + self.lead(n)), self.inputs[n].dtype) for n in self.loaded},
+            "stores": {n: plgpu.SMEM((stages, chunk), self.outputs[n].dtype) for n in stored},
+            "arrived": plgpu.Barrier(num_arrivals=len(self.loaded), num_barriers=stages),
         }
 
-    def piece(self, name: str) -> int:
-        """Elements of one copy."""
-        return self.tiling.chunk if self.inputs[name].is_aligned else min(self.tiling.chunk, _PIECE)
+    def lead(self, name: str) -> int:
+        """The most elements that a copy has before its chunk."""
+        return 0 if name not in self.loaded or self.inputs[name].is_aligned else _ALIGNMENT
 
     def __call__(self, *refs: Any, loads: dict[str, Any], stores: dict[str, Any], arrived: Any) -> None:
         tiling = self.tiling
@@ -186,20 +206,27 @@ class _Kernel:
             start = jnp.minimum(first, self.classes - tiling.chunk)
             return row, start, first - start
 
+        def source(name: str, row: Array, start: Array) -> tuple[Array, Array]:
+            """Where in the flat array a copy begins, and how far before the chunk."""
+            first = start if self.inputs[name].shape[0] == 1 else row * self.classes + start
+            if not self.lead(name):
+                return first, jnp.zeros_like(first)
+            whole, _ = _divmod(first, _ALIGNMENT)
+            size = inputs[name].shape[0]
+            begin = jnp.minimum(whole * _ALIGNMENT, size - tiling.chunk - _ALIGNMENT)
+            return begin, first - begin
+
         def fetch(step: Array) -> None:
             row, start, _ = place(step)
             _, slot = _divmod(step, tiling.stages)
             for name, buffer in loads.items():
-                first = start if self.inputs[name].shape[0] == 1 else row * self.classes + start
-                piece = self.piece(name)
-                for k in range(0, tiling.chunk, piece):
-                    plgpu.copy_gmem_to_smem(
-                        inputs[name].at[pl.ds(first + k, piece)],
-                        buffer.at[slot, pl.ds(k, piece)],
-                        arrived.at[slot],
-                        # A plain copy where nothing lies out of bounds, or else one through a tensor map.
-                        oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS if self.inputs[name].is_aligned else None,
-                    )
+                begin, _ = source(name, row, start)
+                plgpu.copy_gmem_to_smem(
+                    inputs[name].at[pl.ds(begin, buffer.shape[1])],
+                    buffer.at[slot],
+                    arrived.at[slot],
+                    oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
+                )
 
         def compute(step: Array, partial: Array) -> Array:
             row, start, repeated = place(step)
@@ -213,11 +240,12 @@ class _Kernel:
 
                 def load(name: str) -> Array:
                     if name in loads:
-                        return plgpu.load(loads[name].at[slot, at], layout=self.layout)
+                        _, lead = source(name, row, start)
+                        return plgpu.load(loads[name].at[slot, pl.ds(lead + first, tiling.tile)], layout=self.layout)
                     return self.spread(inputs[name][row if self.inputs[name].shape[0] > 1 else 0])
 
                 operands = Operands(**{name: load(name) for name in inputs if name != "scalars"})
-                result = task.evaluate(operands, chip=_GPU)
+                result = task.evaluate(operands, chip=self.chip)
                 for name in self.stored:
                     part = getattr(result, name).astype(self.outputs[name].dtype)
                     if name in stores:

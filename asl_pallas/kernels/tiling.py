@@ -4,7 +4,9 @@ Measured figures behind the constants. TPU, bf16 logits and int8 labels, bundles
 and in brackets how often it spills or fills a register: value and gradient on v5e 11.4 (0) with tiles of 12 registers
 and 11.1 (34) of 16; on v6e 10.6 (0) of 12, 9.5 (0) of 16, 9.9 (70) of 20 and 9.0 (220) of 64 in a single stage, on
 tpu7x 10.2 (0), 9.3 (0), 10.0 (66) and 8.9 (244). The value alone on v5e 7.9 (0) of 12, 7.75 (0) of 16 and 7.9 (38) of
-24. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
+24. H100, the kernel of one pass, in microseconds, by elements of a tile and warps: 4096 x 9605 bf16 78 with 1024 and 4,
+75 with 2048 and 8; soft labels, 4096 x 8192, 80 and 85; 64 x 2^20 128 and, with 1056 and with 2112 programs, 138 and
+123. CPU, float32 1024 x 8192, the value: blocks of 24 K, 32 K, 64 K and 128 K elements take 7.5, 5.3, 4.8 and 5.4 ms.
 """
 
 from __future__ import annotations
@@ -66,10 +68,19 @@ _CPU_SUMS = 32 * 1024
 _CPU_CLASSES = 32 * 1024
 _CPU_PIECES = 8
 _CPU_PIECE_CLASSES = 1024
-_TRITON_ELEMENTS = 1024
-_TRITON_WARPS = 4
-# 132 multiprocessors of an H100 with eight programs each.
-_TRITON_PROGRAMS = 1056
+# In microseconds, by XLA and by the kernel: 8 x 20 2.0 and 2.6, 8 x 80 2.4 and 2.6, 64 x 80 and 8 x 600 2.6, 64 x 600
+# 3.8 and 2.8.
+_TRITON_LEAST_ELEMENTS = 4096
+# Elements of a tile, warps, and programs where there are few rows: 132 multiprocessors of an H100 with 8 or 16 each.
+# The larger tile is for rows that have it, where the labels take no registers beside.
+_TRITON_TILE = 1024, 4, 1056
+_TRITON_WIDE_TILE = 2048, 8, 2112
+# What a further chunk of a row costs, as a share of the first, by the bytes of a logit: the more there are, the longer
+# the rest of a cache line has to wait. In microseconds, 2^18 x 80 bf16 in chunks of 16, 32, 64 and 128: 81, 49, 50, 58;
+# float32: 112, 82, 74, 71. 2^16 x 600 bf16 in chunks of 64, 128, 256 and 1024: 109, 85, 80, 109.
+_TRITON_FURTHER_CHUNK = {2: 0.06, 4: 0.27}
+# 16 are for rows that have little more. 2^18 x 33 bf16 in chunks of 16, 32 and 64: 27, 38, 43.
+_TRITON_LEAST_CHUNK, _TRITON_LEAST_OF_FEW, _TRITON_FEW = 32, 16, 48
 _WARPGROUP = 128
 MOSAIC_GPU_CLASSES = _WARPGROUP
 # With 1024 elements in registers a thread has 93 of them.
@@ -225,6 +236,11 @@ def tpu_ids(k: int) -> int:
     return max(_round_up(k, TPU_IDS), TPU_IDS)
 
 
+def triton_pays(rows: int, classes: int, labels: Form) -> bool:
+    """Whether the kernel is no slower than what XLA makes of a small problem, in one kernel less."""
+    return labels != "dense" or rows * classes >= _TRITON_LEAST_ELEMENTS
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonTiling:
     """A program's rows and span of classes, walked in tiles of (rows, chunk)."""
@@ -236,13 +252,23 @@ class TritonTiling:
     stages: int
 
 
-def triton_tiling(rows: int, classes: int) -> TritonTiling:
-    chunk = min(_TRITON_ELEMENTS, max(16, 1 << (classes - 1).bit_length()))
-    block_rows = _TRITON_ELEMENTS // chunk
+def triton_tiling(rows: int, classes: int, logits_bytes: int, plain: bool) -> TritonTiling:
+    """For rows of that width; `plain` ones have hard labels, an element each."""
+    wide = plain and classes >= _TRITON_WIDE_TILE[0]
+    elements, warps, least_programs = _TRITON_WIDE_TILE if wide else _TRITON_TILE
+    least = _TRITON_LEAST_OF_FEW if classes <= _TRITON_FEW else _TRITON_LEAST_CHUNK
+    further = _TRITON_FURTHER_CHUNK[logits_bytes]
+
+    def cost(chunk: int) -> tuple[float, int]:
+        chunks = math.ceil(classes / chunk)
+        return chunks * chunk * (1 + further * (chunks - 1)), -chunk
+
+    chunk = min((least << n for n in range((elements // least).bit_length())), key=cost)
+    block_rows = elements // chunk
     programs = math.ceil(rows / block_rows)
-    spans = min(math.ceil(classes / chunk), math.ceil(_TRITON_PROGRAMS / programs))
+    spans = min(math.ceil(classes / chunk), math.ceil(least_programs / programs))
     span = _round_up(math.ceil(classes / spans), chunk)
-    return TritonTiling(block_rows, span, chunk, warps=_TRITON_WARPS, stages=2)
+    return TritonTiling(block_rows, span, chunk, warps, stages=2)
 
 
 @dataclasses.dataclass(frozen=True)

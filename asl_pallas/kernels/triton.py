@@ -11,8 +11,10 @@ first starts at the multiple below the row's beginning, and what isn't the row's
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,8 +30,9 @@ from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 
 
-def _instruction(name: str, *operands: Array) -> Array:
+def _instruction(name: str, *numbers: Any) -> Array:
     """One instruction of PTX, on float32."""
+    operands = jnp.broadcast_arrays(*(jnp.asarray(number, jnp.float32) for number in numbers))
     (result,) = plgpu.elementwise_inline_asm(
         f"{name} {', '.join(f'${k}' for k in range(len(operands) + 1))};",
         args=operands,
@@ -47,20 +50,27 @@ _GPU = Arithmetic(
     exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
     log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
     reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
-    at_least=lambda x, bound: _instruction("max.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
-    at_most=lambda x, bound: _instruction("min.NaN.f32", x, jnp.broadcast_to(jnp.float32(bound), x.shape)),
+    at_least=functools.partial(_instruction, "max.NaN.f32"),
+    at_most=functools.partial(_instruction, "min.NaN.f32"),
+    factors=True,
 )
 
 # Elements that a thread has side by side: 16 bytes of bfloat16.
 _VECTOR = 8
+# The share of a row's elements, those that aren't there included, up to which its vectors are worth more of them.
+_MOST_FOR_FLAT = 1.5
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     rows, classes = operands.logits.shape
-    flat = _is_flat(rows, classes)
-    tiling = triton_tiling(rows, _width(classes, flat))
+    plain = task.labels == "dense" and not task.is_soft(operands.labels.dtype)
+    tile = functools.partial(triton_tiling, logits_bytes=operands.logits.dtype.itemsize, plain=plain)
+    flat = _is_flat(rows, classes, tile)
+    tiling = tile(rows, _width(classes, flat))
     spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
+    chip = dataclasses.replace(EXACT if interpret else _GPU, by_element=task.needs_elements(operands))
+    whole = _stores_whole_vectors(task, operands)
 
     if task.labels == "sparse" and operands.labels.shape[1] == 0:
         operands = operands._replace(labels=jnp.full((rows, 1), PADDING, jnp.int32))
@@ -78,9 +88,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return (rows * classes,) if flat and by_element else shape
 
     results = pl.pallas_call(
-        functools.partial(
-            _kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, EXACT if interpret else _GPU
-        ),
+        functools.partial(_kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, whole, chip),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[result_like(operands.logits, lying(name, o.shape), o.dtype) for name, o in outputs.items()],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
@@ -91,19 +99,34 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     )(*(array.reshape(lying(name, array.shape)) for name, array in arrays.items()))
     found = {name: result.reshape(outputs[name].shape) for name, result in zip(outputs, results, strict=True)}
     if task.value == "rows":
-        found["value"] = jnp.sum(found["value"], axis=1)
+        sums = jnp.sum(found["value"], axis=1)
+        found["value"] = sums if chip.by_element else task.without_sign(sums)
     return Result(found.get("value"), found.get("gradient"))
 
 
-def _is_flat(rows: int, classes: int) -> bool:
+def _is_flat(rows: int, classes: int, tile: Callable[[int, int], TritonTiling]) -> bool:
     """Whether chunks start at multiples of a vector in memory because they wouldn't otherwise, and can.
 
-    The last vector of all has to end where the array does, and a short row must not need a longer chunk for it.
+    The last vector of all has to end where the array does, and a short row must not take half a chunk more for it.
     """
     if classes % _VECTOR == 0 or rows == 1:
         return False
-    fits = triton_tiling(rows, _width(classes, True)).chunk == triton_tiling(rows, classes).chunk
+
+    def padded(width: int) -> int:
+        chunk = tile(rows, width).chunk
+        return pl.cdiv(width, chunk) * chunk
+
+    fits = padded(_width(classes, True)) <= _MOST_FOR_FLAT * padded(classes)
     return fits and rows * classes % _VECTOR == 0 and rows * classes < 2**31
+
+
+def _stores_whole_vectors(task: Task, operands: Operands) -> bool:
+    """Whether what a flat row's vectors have of its neighbours may be computed and written with it.
+
+    It comes out as in their own programs, if nothing is but by element; and must not have been written over before.
+    """
+    by_element = all(array.shape == operands.logits.shape for array in operands.arrays().values())
+    return task.labels == "dense" and by_element and not task.donate_logits
 
 
 def _width(classes: int, flat: bool) -> int:
@@ -111,7 +134,7 @@ def _width(classes: int, flat: bool) -> int:
     return classes + (_VECTOR - 1 if flat else 0)
 
 
-def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, chip: Arithmetic, *refs):
+def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, whole: bool, chip: Arithmetic, *refs):
     inputs = dict(zip(names, refs, strict=False))
     out = dict(zip(outputs, refs[len(names) :], strict=True))
     rows, classes = shape
@@ -123,9 +146,9 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
 
     before: Any = 0
     if flat:
-        begin = (lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows) * classes
-        vector = lax.div(begin, _VECTOR)
-        before = begin - vector * _VECTOR  # elements that the first chunk has of the row above
+        row_start = (lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows) * classes
+        vector = lax.div(row_start, _VECTOR)
+        before = row_start - vector * _VECTOR  # elements that the first chunk has of the row above
 
     if "scalars" in inputs:
         scalars = inputs.pop("scalars")
@@ -148,15 +171,15 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
             class_exists = column < classes
         if edge and flat:
             class_exists = jnp.logical_and(column >= 0, class_exists)
-            # A whole vector is there or isn't: only the last ones of the last row aren't.
-            vector_exists = lax.div(here, _VECTOR) < rows * classes // _VECTOR
+            # The same for all of a vector, of which one element at least is the row's.
+            vector_exists = lax.div(here, _VECTOR) <= lax.div(row_start + (classes - 1), _VECTOR)
 
         def place(ref, stored):
             """Index and mask of the tile in an operand that may be constant along either dimension."""
             if len(ref.shape) == 1:
-                mask = _all(class_exists if stored else vector_exists, row_exists)
+                mask = _all(class_exists if stored and not whole else vector_exists, row_exists)
                 # The interpreter writes back what is masked, which is the next row's where a tile has several.
-                aside = stored and tiling.rows > 1
+                aside = stored and mask is not None and tiling.rows > 1
                 return (jnp.where(mask, here, rows * classes) if aside else here,), mask
             by_row, by_class = ref.shape[0] > 1 or rows == 1, ref.shape[1] > 1 or classes == 1
             if flat and by_class:  # the same for all rows
@@ -178,12 +201,15 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
         tile = {name: load(ref) for name, ref in inputs.items()}
         if few_labels is not None:
             tile["labels"] = few_labels(c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
-        result = task.evaluate(Operands(**tile), class_exists, chip)
+        neighbours = edge and flat and whole
+        result = task.evaluate(Operands(**tile), None if neighbours else class_exists, chip)
         if task.gradient:
             store(out["gradient"], result.gradient)
         if task.value == "elements":
             store(out["value"], result.value)
-        return partial + result.value if task.value == "rows" else partial
+        if task.value != "rows":
+            return partial
+        return partial + (jnp.where(class_exists, result.value, 0.0) if neighbours else result.value)
 
     # A row's chunks have an edge in them from `end` on and, of a flat row, the first one, and none between.
     total = pl.cdiv(_width(classes, flat), tiling.chunk)

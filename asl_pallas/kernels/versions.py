@@ -90,7 +90,13 @@ def mosaic_gpu_module() -> Any:
 
 
 def mosaic_gpu_kernel(
-    body: Callable[..., None], results: Any, scratch: dict[str, Any], programs: int, name: str, interpret: bool
+    body: Callable[..., None],
+    results: Any,
+    scratch: dict[str, Any],
+    programs: int,
+    name: str,
+    interpret: bool,
+    approximate: bool,
 ) -> Callable[..., Any]:
     """A Mosaic GPU kernel whose programs, a warpgroup each, know their number as the axis "program"; from 0.11."""
     plgpu = mosaic_gpu_module()
@@ -101,6 +107,8 @@ def mosaic_gpu_kernel(
         grid=(programs,),
         grid_names=("program",),
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=approximate, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
