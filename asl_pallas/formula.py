@@ -55,6 +55,8 @@ class Arithmetic:
       quotient: of any numbers, to half a unit in the last place or nearly.
       at_least, at_most: the larger, or smaller, of an array and a bound. By selects: as one instruction max and min
         drop a NaN on a GPU, and jnp's, which keep it, are five on a CPU.
+      multiply_add: a * b + c, rounded once where there is one instruction for it.
+      negate: an array, with the other sign where a condition, an array too, holds.
       constant: what has no derivative.
       by_element: losses have their sign and are never below 0. A kernel that adds them up can do without: it multiplies
         the sum by `Formula.sign`, and takes 0 for what a rounding took below.
@@ -71,6 +73,8 @@ class Arithmetic:
     quotient: Callable[[Array, Array], Array] = _quotient
     at_least: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
     at_most: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
+    multiply_add: Callable[[Any, Array, Array], Array] = lambda a, b, c: a * b + c
+    negate: Callable[[Array, Array], Array] = lambda condition, x: x * _sign(condition, x.dtype)
     constant: Callable[[Array], Array] = lax.stop_gradient
     by_element: bool = True
     factors: bool = False
@@ -173,7 +177,7 @@ class AsymmetricLoss:
     # Value and slope, from the wrong answer's logit.
 
     def _exponential(self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
-        u = logit * _sign(positive, logit.dtype)
+        u = _signed(positive, logit, chip)
         return u, chip.exp(chip.at_most(u, _LIMIT[u.dtype.itemsize]))
 
     def _probabilities(
@@ -186,7 +190,7 @@ class AsymmetricLoss:
         m, rest = self._less_margin(wrong, right, self._margin(positive, logit.dtype), chip)
         if rest is right:
             rest = 1.0 + e  # its reciprocal, since that is here
-        return right * wrong * _sign(positive, logit.dtype), rest, u, m
+        return _signed(positive, right * wrong, chip), rest, u, m
 
     def _remainder(
         self, known: tuple[Array, Array, Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
@@ -214,9 +218,9 @@ class AsymmetricLoss:
             of_positive, of_negative = _sides(positive, self.gamma_pos, self.gamma_neg)
             power = _select(positive, _power(m, of_positive - 1), _power(m, of_negative - 1), m.dtype)
             gamma = _select(positive, of_positive, of_negative, m.dtype)
-            return (power * m) * loss, (slope * power) * (m * over + gamma * log)
+            return (power * m) * loss, (slope * power) * chip.multiply_add(gamma, log, m * over)
         focus = self._power(m, positive)
-        return focus * loss, slope * (focus * over + self._power_derived(m, positive, chip) * log)
+        return focus * loss, slope * chip.multiply_add(self._power_derived(m, positive, chip), log, focus * over)
 
     # The value alone, from the right answer's logit: log(1 - m) has no reciprocal to wait for.
 
@@ -329,6 +333,11 @@ class AsymmetricLoss:
 
 def _sign(positive: Array | bool, dtype: Any) -> Array | float:
     return _select(positive, -1.0, 1.0, dtype)
+
+
+def _signed(positive: Array | bool, x: Array, chip: Arithmetic) -> Array:
+    """With the sign of the derivative, which is that of the wrong answer's logit too."""
+    return x * _sign(positive, x.dtype) if isinstance(positive, bool) else chip.negate(positive, x)
 
 
 def _bounded_exp(u: Array, chip: Arithmetic) -> Array:

@@ -3,7 +3,8 @@
 A shared machine's clock drifts, so nothing is compared across runs. An untimed call goes before each timed one: a train
 loop calls its step again and again, and a contender should not pay for returning the pages that the one before it had
 asked for. What is too short for the clock is called several times in a row. On an accelerator these calls are in flight
-together, as a train loop's steps are, and the clock stops when the last one has ended.
+together, as a train loop's steps are, and the clock stops when the last one has ended; beside that stands what the
+chip's own kernels take of it.
 
 In place, the logits are donated: a copy of them is made before the clock starts, and nothing is freed before it stops.
 torch's autograd writes no gradient over its logits, so its losses are timed as ever.
@@ -27,14 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from profiling import cases, contenders, results, torch_peers
+from profiling import cases, contenders, on_chip, results, torch_peers
 from profiling.cases import CPU, FORWARD, GPU, GRADIENT, IN_PLACE, MODES, Case
 from profiling.contenders import Contender, Unserved
 from profiling.results import Row
 from profiling.session import Session, described, device_of
 
 ROUNDS, QUICK_ROUNDS, GROWTH_ROUNDS = 15, 9, 7
-SHORTEST = 2e-3  # seconds that one timing takes at least
+# Seconds that one timing takes at least; with calls in flight it has to hide how the first one starts.
+SHORTEST, SHORTEST_IN_FLIGHT = 2e-3, 10e-3
 COPY = "copy"
 CONFIDENCE = 0.95
 _TOO_SLOW = "torch.compile takes ten seconds for each size"
@@ -54,6 +56,7 @@ class Runner:
     given_up: Callable[[], Any] | None = None
     finish: Callable[[Any], Any] | None = None
     calls: int = 1
+    on_chip: float | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     error: str = ""
 
@@ -62,7 +65,8 @@ class Runner:
         given = [self.arguments()]
         start = time.perf_counter()
         self.run(given)
-        self.calls = max(1, min(1000, math.ceil(SHORTEST / max(time.perf_counter() - start, 1e-7))))
+        shortest = SHORTEST if self.finish is None else SHORTEST_IN_FLIGHT
+        self.calls = max(1, min(1000, math.ceil(shortest / max(time.perf_counter() - start, 1e-7))))
 
     def arguments(self) -> tuple[Any, ...]:
         return () if self.given_up is None else (self.given_up(),)
@@ -81,6 +85,9 @@ class Runner:
         start = time.perf_counter()
         self.run(given)
         self.seconds.append((time.perf_counter() - start) / self.calls)
+
+    def profile(self) -> None:
+        self.on_chip = on_chip.seconds(lambda steps: self.run([self.arguments() for _ in range(steps)]))
 
 
 def prepare(contender: Contender, case: Case, mode: str, arrays: tuple[Any, Any], backend: str) -> Runner:
@@ -185,6 +192,11 @@ def in_turns(session: Session, case: Case, mode: str, rounds: int, kind: str = "
                         except Exception as error:  # the same
                             runner.error = described(error)
                 progress.advance(task)
+            if backend != CPU and kind == "speed":
+                progress.update(task, description=f"{kind}: {case.name} {mode}, profiling")
+                for runner in (copy, *runners):
+                    if not runner.error:
+                        runner.profile()
         except KeyboardInterrupt:
             session.cut_short = True
     ours = contenders.default(backend).name
@@ -193,19 +205,27 @@ def in_turns(session: Session, case: Case, mode: str, rounds: int, kind: str = "
         if runner.error:
             rows.append(Row(kind, place, case.name, runner.contender, mode, {}, results.FAILED, runner.error))
         elif runner.seconds:
-            figures = summarise(runner, of_ours, copy.seconds, case, mode)
+            figures = summarise(runner, of_ours, copy, case, mode)
             rows.append(Row(kind, place, case.name, runner.contender, mode, figures))
     return rows
 
 
-def summarise(runner: Runner, ours: Sequence[float], copy: Sequence[float], case: Case, mode: str) -> dict[str, Any]:
+def summarise(runner: Runner, ours: Sequence[float], copy: Runner, case: Case, mode: str) -> dict[str, Any]:
     """Median and quartiles of the time, the ratio to ours with its interval, and the fraction of the copy's rate."""
     pairs = list(zip(runner.seconds, ours, strict=False))
     ratios = [theirs / mine for theirs, mine in pairs]
     low, high = interval(ratios)
-    bandwidth = 2 * case.elements * jnp.dtype(case.logits).itemsize / statistics.median(copy)
+    copied = 2 * case.elements * jnp.dtype(case.logits).itemsize
+    bandwidth = copied / statistics.median(copy.seconds)
     floor = case.floor_of(mode) / bandwidth
     quartiles = statistics.quantiles(runner.seconds, n=4) if len(runner.seconds) > 1 else [runner.seconds[0]] * 3
+    by_chip = {}
+    if runner.on_chip is not None and copy.on_chip is not None:
+        by_chip = {
+            "seconds_on_chip": runner.on_chip,
+            "fraction_of_floor_on_chip": case.floor_of(mode) / copied * copy.on_chip / runner.on_chip,
+            "copy_bytes_per_second_on_chip": copied / copy.on_chip,
+        }
     return {
         "rounds": len(runner.seconds),
         "seconds": statistics.median(runner.seconds),
@@ -215,6 +235,7 @@ def summarise(runner: Runner, ours: Sequence[float], copy: Sequence[float], case
         "copy_bytes_per_second": bandwidth,
         "fraction_of_floor": floor / statistics.median(runner.seconds),
         "compile_seconds": runner.compile_seconds,
+        **by_chip,
     }
 
 

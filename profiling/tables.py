@@ -79,6 +79,8 @@ COLUMNS: dict[str, list[tuple[str, Cell]]] = {
         ("quartiles, ms", lambda f: " to ".join(map(milliseconds, f["seconds_quartiles"]))),
         ("times ours (95 %)", ratio),
         ("of the floor", lambda f: percent(f["fraction_of_floor"])),
+        ("on the chip, ms", lambda f: milliseconds(f["seconds_on_chip"]) if "seconds_on_chip" in f else "-"),
+        ("of the floor", lambda f: percent(f["fraction_of_floor_on_chip"]) if "seconds_on_chip" in f else "-"),
         ("compiled in, s", lambda f: seconds(f["compile_seconds"])),
         ("rounds", lambda f: str(f["rounds"])),
     ],
@@ -142,6 +144,11 @@ def _table(kind: str, device: str, first: str, second: str, rows: list[Row]) -> 
     copy = next((row.figures["copy_bytes_per_second"] for row in rows if "copy_bytes_per_second" in row.figures), None)
     if copy is not None:
         table.caption = f"a copy (x + 1) moves {copy / 1e9:.2f} GB/s"
+        by_chip = next(
+            (r.figures["copy_bytes_per_second_on_chip"] for r in rows if "seconds_on_chip" in r.figures), None
+        )
+        if by_chip is not None:
+            table.caption += f", on the chip {by_chip / 1e9:.2f}"
     return table
 
 

@@ -110,7 +110,10 @@ def test_rows_and_spans_meet_without_a_gap_and_the_cotangent_comes_before_the_ro
             Operands(logits, labels, cotangent=cotangent)
         )
         np.testing.assert_allclose(found.value, whole.value, rtol=2e-6)
-        np.testing.assert_array_equal(found.gradient, (whole.gradient * cotangent).astype(jnp.bfloat16))
+        expected = (whole.gradient * cotangent).astype(jnp.bfloat16)
+        np.testing.assert_allclose(found.gradient.astype(float), expected.astype(float), rtol=2**-7)
+        # XLA may round a product elsewhere. Rounded twice, a quarter of the gradient would be off.
+        assert jnp.mean(found.gradient != expected) < 0.01
 
 
 @pytest.mark.parametrize("classes", [128, 257, 600, 1000, 1024, 8192, 9605, 131072])

@@ -1,8 +1,8 @@
 """Pallas for Hopper and later, through Mosaic GPU: the copy engine brings chunks of rows, a warpgroup computes on them.
 
 The copy engine starts at multiples of 16 bytes, with a tensor map too. Where all rows do, it brings chunks as they are
-and takes the gradient away. Where they don't, 9605 classes say, it brings a chunk of the flat array with what is between
-it and the multiple below, and the threads write to memory themselves, each beside its neighbour.
+and takes the gradient away. Where they don't, 9605 classes say, it brings a chunk of the flat array with what lies
+between it and the multiple below, and the threads write to memory themselves, each beside its neighbour.
 
 A row's last chunk starts early enough to be whole. What it computes twice comes out the same twice; only the sum must
 not count it again. The programs stay on the chip and take one span of a row after the other; while a chunk is computed
@@ -45,6 +45,14 @@ def _log1p(x: Array) -> Array:
 
 
 _TERMS = range(17, 0, -2)
+
+
+def _refined_reciprocal(z: Array) -> Array:
+    """A Newton step from the square of rsqrt's estimate, which errs by 2^-22: by itself that is a little too much."""
+    estimate = lax.rsqrt(z) ** 2
+    return estimate * (2.0 - z * estimate)
+
+
 # Mosaic GPU knows neither log1p nor stop_gradient, and on 0.11 no function with a derivative of its own.
 _EXACT = Arithmetic(
     log=log,
@@ -53,11 +61,12 @@ _EXACT = Arithmetic(
     quotient=lambda n, d: n / d,
     at_least=jnp.maximum,
     at_most=jnp.minimum,
+    negate=lambda condition, x: jnp.where(condition, -x, x),
     constant=lambda x: x,
     factors=True,
 )
-# With `approx_math` exp, log and rsqrt are an instruction or two each. They err by at most 2^-22, as Triton's do.
-_APPROXIMATE = dataclasses.replace(_EXACT, log=jnp.log, reciprocal=lambda z: lax.rsqrt(z) ** 2)
+# With `approx_math` exp, log and rsqrt are an instruction or two each. They err as Triton's do.
+_APPROXIMATE = dataclasses.replace(_EXACT, log=jnp.log, reciprocal=_refined_reciprocal)
 
 
 def arithmetic(task: Task, operands: Operands) -> Arithmetic:

@@ -52,6 +52,8 @@ _GPU = Arithmetic(
     reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
     at_least=functools.partial(_instruction, "max.NaN.f32"),
     at_most=functools.partial(_instruction, "min.NaN.f32"),
+    multiply_add=functools.partial(_instruction, "fma.rn.f32"),
+    negate=lambda condition, x: jnp.where(condition, -x, x),
     factors=True,
 )
 
