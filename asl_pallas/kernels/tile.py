@@ -103,8 +103,10 @@ class Task:
 
     def needs_elements(self, operands: Operands) -> bool:
         """Whether a loss has to be right by itself, and not their sums over the classes alone."""
+        if self.value != "rows":
+            return self.value == "elements"
         weighted = operands.weights is not None or operands.pos_weight is not None
-        return self.value != "rows" or weighted or self.is_soft(operands.labels.dtype)
+        return weighted or self.is_soft(operands.labels.dtype)
 
     def without_sign(self, sums: Array) -> Array:
         """The rows' losses from sums of losses that have no sign of their own (`Arithmetic.by_element`)."""

@@ -15,7 +15,7 @@ from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, posit
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 
-CPU = Arithmetic(log=log, from_the_logit=True)
+CPU = Arithmetic(log=log, factors=True, from_the_logit=True)
 _UNPACKED = 1024  # classes
 
 
@@ -55,7 +55,8 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         if packed:
             gradient = _by_blocks(alone, operands, tiling)
         else:
-            gradient = run(alone, operands if value is None else _after(value, operands), CPU).gradient
+            chip = dataclasses.replace(CPU, by_element=alone.needs_elements(operands))
+            gradient = run(alone, operands if value is None else _after(value, operands), chip).gradient
     return Result(value, gradient)
 
 
@@ -134,7 +135,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     start = jnp.zeros((rows,) if sums else (rows, classes), dtype)
     result = lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
-    return result if chip.by_element else task.without_sign(result)
+    return task.without_sign(result) if sums and not chip.by_element else result
 
 
 def _unpacked(words: Array, classes: int) -> Array:
