@@ -78,11 +78,11 @@ def asymmetric_loss(
         since XLA copies them first. On a v5e the kernel takes a tenth more cycles so. XLA itself needs no telling.
       logits_spec: how the logits lie on mesh axes that are Auto, where JAX can't see it; without it the formula is left
         to XLA there, with a warning. Explicit axes need none, and without a mesh it has no meaning.
-      implementation: None picks by the platform that the computation is lowered for, and falls back to "xla"; on a
-        TPU also for problems so small that XLA's loop is faster (fewer than 262,144 elements). By name: "xla" (any
-        platform), "mosaic_tpu" (TPU), "triton" (CUDA GPUs), "mosaic_gpu" (Hopper GPUs and later, from JAX 0.11: rows
-        of 128 classes or more, dense labels that aren't bool; never picked by None so far, since no GPU has measured
-        it).
+      implementation: None picks by the platform that the computation is lowered for, and falls back to "xla", also for
+        problems so small that XLA's loop is faster (fewer than 262,144 elements on a TPU, 4,096 on a GPU). By name:
+        "xla" (any platform), "mosaic_tpu" (TPU), "triton" (CUDA GPUs), "mosaic_gpu" (Hopper GPUs and later, from JAX
+        0.11: rows of 128 classes or more, dense labels that aren't bool; never picked by None, since on an H100
+        "triton" is as fast or faster).
 
     Returns:
       The loss, >= 0 (for weights >= 0), float32, or float64 for float64 logits. The gradient has the logits' dtype.

@@ -7,13 +7,14 @@ which files it has to agree with.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import re
 from collections.abc import Callable, Iterable
 
-from profiling import contenders, local, results, tables, targets
-from profiling.cases import GRADIENT, IDS, IN_PLACE, ON_CHIP
-from profiling.results import Document
+from profiling import cases, contenders, local, results, tables, targets
+from profiling.cases import GPU, GRADIENT, IDS, IN_PLACE, ON_CHIP, ON_ODD_ROWS
+from profiling.results import Document, Row
 
 README = local.ROOT / "README.md"
 END = "<!-- end of profiling -->"
@@ -23,28 +24,38 @@ _MARKED = re.compile(rf"<!-- profiling: (\w+) ([\w.-]+) -->\n(.*?){re.escape(END
 def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLDER) -> str:
     """The README with its tables as the files have them; `device` is put in the place of the one that is named.
 
-    Tables of a machine with huge pages make way for another machine's with huge pages.
+    Tables of a machine with huge pages make way for another machine's with huge pages, and those of an accelerator,
+    which has one of its own, for another accelerator's.
     """
+    accelerates = device is not None and has_chip(device, folder)
 
-    def takes_the_place(named: str) -> bool:
+    def takes_the_place(kind: str, named: str) -> bool:
         if device is None or named in (*targets.TARGETS, "compiled"):
             return False
-        return device.endswith(local.HUGE_PAGES) == named.endswith(local.HUGE_PAGES)
+        if accelerates or kind == "measured":
+            return accelerates and kind == "measured"
+        return device.endswith(local.HUGE_PAGES) == named.endswith(local.HUGE_PAGES) and not has_chip(named)
 
     def table(match: re.Match[str]) -> str:
         kind, named, before = match.groups()
-        about = device if device is not None and takes_the_place(named) else named
+        about = device if device is not None and takes_the_place(kind, named) else named
         body = TABLES[kind](about, folder)
         return f"<!-- profiling: {kind} {about} -->\n{body or before}{END}" if body else match.group(0)
 
     text = _MARKED.sub(table, text)
-    if device is None or device.endswith(local.HUGE_PAGES):
+    if device is None or accelerates or device.endswith(local.HUGE_PAGES):
         return text
 
     def picture(match: re.Match[str]) -> str:
         return f"profiling/results/{device}/{match[1]}" if (folder / device / match[1]).exists() else match[0]
 
     return re.sub(r"profiling/results/[\w.-]+/(\w+\.png)", picture, text)
+
+
+def has_chip(device: str, folder: pathlib.Path = results.FOLDER) -> bool:
+    """Whether what was timed there is an accelerator, whose own time was told beside the clock's."""
+    timed = results.load_or_empty(results.path_of(device, "speed", folder))
+    return any("seconds_on_chip" in row.figures for row in timed.rows)
 
 
 def disagreements(text: str, folder: pathlib.Path = results.FOLDER) -> list[str]:
@@ -148,6 +159,67 @@ def speed(device: str, folder: pathlib.Path) -> str:
     return _markdown(header, lines) + said + "\n" + _source([timed, grown, planned], used)
 
 
+def measured(device: str, folder: pathlib.Path) -> str:
+    """An accelerator's time, by the clock and by the chip: the contenders on the main cases, and ours on all."""
+    timed = results.load_or_empty(results.path_of(device, "speed", folder))
+    main = [case for case in cases.CASES if case.name in (ON_CHIP.name, ON_ODD_ROWS.name)]
+    rows = {case.name: timed.rows_of(case.name, GRADIENT) for case in cases.CASES}
+    lines = []
+    for contender in contenders.CONTENDERS:
+        of_main = [rows[case.name].get(contender.name) for case in main]
+        if any(of_main):
+            lines.append([contender.title, *itertools.chain(*map(_on_chip, of_main))])
+    if not lines:
+        return ""
+    header = ["", *(f"{case.name}: {what}" for case in main for what in _ON_CHIP)]
+    ours = contenders.default(GPU).name
+    peers = ("closed-form", "ours-xla", "official", "ours-mosaic_gpu")
+    other = []
+    for case in cases.CASES:
+        if (mine := rows[case.name].get(ours)) and case not in main:
+            theirs = (rows[case.name].get(name) for name in peers)
+            times = (
+                f"{row.figures['seconds_on_chip'] / mine.figures['seconds_on_chip']:.2f}" if row else "-"
+                for row in theirs
+            )
+            figures = mine.figures
+            other.append(
+                [
+                    case.name,
+                    f"{1e6 * figures['seconds_on_chip']:.1f}",
+                    tables.percent(figures["fraction_of_floor_on_chip"]),
+                    *times,
+                ]
+            )
+    titles = (contenders.find(name).title for name in peers)
+    second = [
+        "on the chip",
+        f"{contenders.find(ours).title}, us",
+        "of the floor",
+        *(f"{title}, times" for title in titles),
+    ]
+    copy = next(row.figures for row in rows[ON_CHIP.name].values())
+    said = f"\nThe copy moved {copy['copy_bytes_per_second'] / 1e9:,.0f} GB/s by the clock and "
+    said += f"{copy['copy_bytes_per_second_on_chip'] / 1e9:,.0f} by the chip.\n\n"
+    used = [row.run for of_case in rows.values() for row in of_case.values()]
+    return _markdown(header, lines) + said + (_markdown(second, other) if other else "") + _source([timed], used)
+
+
+_ON_CHIP = ("ms", "times ours (95 % interval)", "on the chip, ms", "of the floor")
+
+
+def _on_chip(row: Row | None) -> list[str]:
+    if row is None:
+        return ["-"] * len(_ON_CHIP)
+    figures = row.figures
+    return [
+        tables.milliseconds(figures["seconds"]),
+        tables.ratio(figures),
+        tables.milliseconds(figures.get("seconds_on_chip")),
+        tables.percent(figures.get("fraction_of_floor_on_chip")),
+    ]
+
+
 def pages(device: str, folder: pathlib.Path) -> str:
     """Time and ratio alone, of a machine whose large arrays lie in huge pages."""
     timed = results.load_or_empty(results.path_of(device, "speed", folder))
@@ -243,8 +315,10 @@ def labels(_: str, folder: pathlib.Path) -> str:
 
 
 def head(device: str, folder: pathlib.Path) -> str:
-    """The head without logits, on the machine at hand and on the chips."""
-    documents = {name: results.load_or_empty(results.path_of(name, "head", folder)) for name in (device, *CHIPS)}
+    """The head without logits: on the machine at hand, on accelerators that ran it, on chips that are compiled for."""
+    ran = sorted(path.name for path in folder.iterdir() if path.is_dir() and has_chip(path.name, folder))
+    names = dict.fromkeys((device, *ran, *CHIPS))
+    documents = {name: results.load_or_empty(results.path_of(name, "head", folder)) for name in names}
     lines = [
         [
             name,
@@ -297,6 +371,7 @@ def parity(device: str, folder: pathlib.Path) -> str:
 
 TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {
     "speed": speed,
+    "measured": measured,
     "pages": pages,
     "chips": chips,
     "labels": labels,

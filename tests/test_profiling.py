@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from profiling import (
     head,
     local,
     memory,
+    on_chip,
     parity,
     plots,
     readme,
@@ -39,6 +41,7 @@ from profiling import (
     torch_peers,
 )
 from profiling.contenders import Contender
+from profiling.results import Row
 from profiling.session import Request, Session
 
 SMALL = "64x80-f32-int8"
@@ -345,6 +348,58 @@ def test_in_place_each_call_gets_logits_of_its_own_before_the_clock_starts_and_g
     assert value == expected[0] and bool((gradient == expected[1]).all())
 
 
+def test_in_flight_the_clock_stops_once_when_the_last_call_has_ended(monkeypatch):
+    happened: list[str] = []
+    runner = speed.Runner(
+        "any", lambda: happened.append("call"), None, finish=lambda _: happened.append("end"), calls=3
+    )
+    clock = iter([10.0, 16.0])
+
+    def now() -> float:
+        happened.append("clock")
+        return next(clock)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(speed.time, "perf_counter", now)
+        runner.time()
+    assert happened == ["call", "end", "clock", "call", "call", "call", "end", "clock"]
+    assert runner.seconds == [2.0]
+    arrays = np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int8)
+    waits, flies = (speed.prepare_copy(arrays, cases.GRADIENT, place) for place in ("cpu", "gpu"))
+    assert waits.finish is None and flies.finish is not None
+    np.testing.assert_array_equal(flies.finish(flies.call()), arrays[0] + 1)
+
+
+def test_a_chip_s_own_time_is_that_of_its_kernels_and_programs_and_nothing_else():
+    def plane(name: str, **lines: list[float]) -> Any:
+        found = [
+            SimpleNamespace(name=name.replace("_", " "), events=[SimpleNamespace(duration_ns=n) for n in durations])
+            for name, durations in lines.items()
+        ]
+        return SimpleNamespace(name=name, lines=found)
+
+    gpu = plane("/device:GPU:0", Stream_13=[100.0, 20.0], Stream_14=[3.0], Steps=[1e6])
+    tpu = plane("/device:TPU:0", XLA_Modules=[5.0], XLA_Ops=[4.0], Steps=[1e6])
+    host = plane("/host:CPU", Stream_1=[1e6])
+    assert on_chip.busy(SimpleNamespace(planes=[gpu, tpu, host])) == pytest.approx(128e-9)
+    turns: list[int] = []
+    assert on_chip.seconds(turns.append) is None  # a real trace, of a CPU
+    assert turns == [on_chip.WARM_UP, on_chip.STEPS]
+
+
+def test_a_chip_s_rows_have_its_own_time_and_its_share_of_the_copy_s_rate():
+    (case,) = cases.select([SMALL])
+    ours, copy = (speed.Runner(name, lambda: None, None, seconds=[2.0, 2.0], on_chip=1.0) for name in ("ours", "copy"))
+    figures = speed.summarise(ours, ours.seconds, copy, case, cases.GRADIENT)
+    copied = 2 * case.elements * 4
+    assert figures["seconds_on_chip"] == 1.0 and figures["copy_bytes_per_second_on_chip"] == copied
+    assert figures["fraction_of_floor_on_chip"] == figures["fraction_of_floor"] == case.floor / copied
+    row = Row("speed", "any", case.name, "ours-triton", cases.GRADIENT, figures)
+    assert "on the chip, ms" in tables.as_text(tables.of([row]))
+    ours.on_chip = None
+    assert "seconds_on_chip" not in speed.summarise(ours, ours.seconds, copy, case, cases.GRADIENT)
+
+
 def test_in_place_is_measured_on_the_cpu_beside_fresh_gradients():
     short = Session(Request("cpu", only=("optax-bce",), case=(SMALL,), target=("local",)))
     speed.measure(short)
@@ -442,6 +497,16 @@ def test_the_readme_s_tables_follow_the_device_that_measured(tmp_path, device):
     shutil.copytree(results.FOLDER / device, tmp_path / "another", ignore=shutil.ignore_patterns("*.png"))
     text = readme.rewritten(readme.README.read_text(), "another", tmp_path)
     assert "<!-- profiling: speed another -->" in text and f"speed {device}" not in text
+
+
+def test_an_accelerator_has_a_table_of_its_own_and_leaves_the_others_alone(tmp_path):
+    before = readme.README.read_text()
+    (card,) = re.findall(r"<!-- profiling: measured (\S+) -->", before)
+    assert readme.has_chip(card)
+    shutil.copytree(results.FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
+    shutil.copytree(tmp_path / card, tmp_path / "another-card")
+    after = readme.rewritten(before, "another-card", tmp_path)
+    assert after == before.replace(f"measured {card}", "measured another-card")
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
-# log(1 + f) = f P(f) for 1 + f between the roots of 1/2 and of 2. Fitted by iteratively reweighted least squares: absolute
-# error 4e-8, two thirds of the rounding of a 1 + f near 1. A power more would be a tenth of the whole.
+# log(1 + f) = f P(f) for 1 + f between the roots of 1/2 and of 2. Fitted by iteratively reweighted least squares:
+# absolute error 4e-8, two thirds of the rounding of a 1 + f near 1.
 _P = (0.9999998, -0.5000067, 0.33336183, -0.24959344, 0.19873047, -0.17333464, 0.1641999, -0.101022385)
 _MANTISSA_BITS = 23
 _ROOT_OF_HALF = 0x3F3504F3  # as float32's bits
