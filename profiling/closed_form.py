@@ -1,12 +1,17 @@
-"""The best that a user would write in jnp: both sides of the loss in one expression, value and gradient in one pass.
+"""What a user would write in jnp, value and gradient in one pass: the best of it, and what comes to mind first.
+
+The best has both sides of the loss in one expression.
 
 A contender, not a yardstick: `reference.closed_form` is careful at every logit and pays for it (on an H100 XLA moves
 1504 MiB for it and 512 MiB for this one, bf16 logits of 4096 x 8192). This one takes the logit of the wrong answer, so
 that one sigmoid, one logarithm and one chain of products serve positives and negatives, has its exponents compiled in,
-and keeps the gradient, in the logits' dtype, as its residual. Labels are 0 or 1.
+and keeps the gradient, in the logits' dtype, as its residual. The other computes either side and selects at the end: an
+H100 moves 736 MiB for it. Labels are 0 or 1.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,22 +20,22 @@ from jax import Array
 GAMMA_NEG, GAMMA_POS, CLIP = 4.0, 1.0, 0.05
 
 
-@jax.custom_vjp
-def total_asymmetric_loss(logits: Array, labels: Array) -> Array:
-    """The asymmetric loss (gamma_neg 4, gamma_pos 1, clip 0.05), summed over everything: a float32 scalar."""
-    return _value_and_slope(logits, labels)[0].sum()
+def _total(value_and_slope: Callable[[Array, Array], tuple[Array, Array]]) -> Callable[[Array, Array], Array]:
+    """The loss summed over everything, a float32 scalar, whose gradient is kept from its forward pass."""
 
+    @jax.custom_vjp
+    def total(logits: Array, labels: Array) -> Array:
+        return value_and_slope(logits, labels)[0].sum()
 
-def _forward(logits: Array, labels: Array) -> tuple[Array, Array]:
-    value, slope = _value_and_slope(logits, labels)
-    return value.sum(), slope.astype(logits.dtype)
+    def forward(logits: Array, labels: Array) -> tuple[Array, Array]:
+        value, slope = value_and_slope(logits, labels)
+        return value.sum(), slope.astype(logits.dtype)
 
+    def backward(slope: Array, cotangent: Array) -> tuple[Array, None]:
+        return (cotangent * slope).astype(slope.dtype), None
 
-def _backward(slope: Array, cotangent: Array) -> tuple[Array, None]:
-    return (cotangent * slope).astype(slope.dtype), None
-
-
-total_asymmetric_loss.defvjp(_forward, _backward)
+    total.defvjp(forward, backward)
+    return total
 
 
 def _value_and_slope(logits: Array, labels: Array) -> tuple[Array, Array]:
@@ -45,3 +50,20 @@ def _value_and_slope(logits: Array, labels: Array) -> tuple[Array, Array]:
     share = jnp.where(positive, 1.0, right / rest)  # (1 - w) / (1 - m); at a positive's far tail both are 0
     slope = wrong * power * (m * share + gamma * loss * right)
     return power * m * loss, jnp.where(positive, -slope, slope)
+
+
+def _both_sides(logits: Array, labels: Array) -> tuple[Array, Array]:
+    x = logits.astype(jnp.float32)
+    p, q = jax.nn.sigmoid(x), jax.nn.sigmoid(-x)
+    of_positive = jax.nn.softplus(-x)
+    m = jnp.maximum(p - CLIP, 0)
+    of_negative = -jnp.log1p(-m)
+    power, derived = m**4, 4 * m**3
+    value = jnp.where(labels > 0, q * of_positive, power * of_negative)
+    slope = jnp.where(labels > 0, -q * (q + p * of_positive), p * q * (power / (1 - m) + derived * of_negative))
+    return value, slope
+
+
+# gamma_neg 4, gamma_pos 1, clip 0.05.
+total_asymmetric_loss = _total(_value_and_slope)
+total_of_both_sides = _total(_both_sides)

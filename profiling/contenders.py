@@ -88,7 +88,7 @@ class Contender:
         """Raises Unserved where the contender isn't made for the case."""
         if case.form != "dense" and not self.ours:
             raise Unserved("takes dense labels")
-        if case.soft and self.name == "closed-form":
+        if case.soft and self.name in ("closed-form", "both-sides"):
             raise Unserved("written for hard labels")
         if self.implementation not in (None, "xla"):
             reason = kernels.refusal(self.implementation, case.operands(), case.form)
@@ -124,6 +124,7 @@ CONTENDERS: tuple[Contender, ...] = (
         for name in _IMPLEMENTATIONS
     ),
     Contender("closed-form", "closed form in jnp", ASL, lambda: closed_form.total_asymmetric_loss),
+    Contender("both-sides", "both sides in jnp, and a select", ASL, lambda: closed_form.total_of_both_sides),
     Contender("official", "official formula in jnp", ASL, lambda: _summed(autodiff.official), slow=True),
     Contender("optax-style", "ASL in optax's style", ASL, lambda: _summed(autodiff.optax_style), slow=True),
     Contender(

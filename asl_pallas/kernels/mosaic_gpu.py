@@ -108,7 +108,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         outputs["value"] = outputs["value"]._replace(shape=(rows, tiling.spans))
     chip = arithmetic(task, operands)
     kernel = _Kernel(task, tiling, inputs, outputs, by_engine, chip)
-    flat = [_flat(array, tiling.chunk + kernel.lead(name)) for name, array in arrays.items()]
+    flat = [_flat(array, tiling.chunk, kernel.lead(name)) for name, array in arrays.items()]
 
     # vmap one by one: the engine wants strides of 16 bytes, which a flat array's do not have once they are batched.
     @jax.custom_batching.sequential_vmap
@@ -138,11 +138,14 @@ def _loadable(array: Array, classes: int) -> Array:
     return array.astype(jnp.float32) if array.dtype.itemsize == 8 or array.shape[1] < classes else array
 
 
-def _flat(array: Array, window: int) -> Array:
-    """In one dimension, filled up to whole pieces of the engine's and at least a window."""
+def _flat(array: Array, chunk: int, lead: int) -> Array:
+    """In one dimension, and where copies start before their chunk filled up to whole pieces of the engine's.
+
+    So an array of which 16 is no divisor is copied first.
+    """
     flat = array.reshape(-1)
-    size = max(-(-flat.size // _ALIGNMENT) * _ALIGNMENT, window)
-    return jnp.pad(flat, (0, size - flat.size)) if size > flat.size else flat
+    size = max(-(-flat.size // _ALIGNMENT) * _ALIGNMENT, chunk + lead)
+    return jnp.pad(flat, (0, size - flat.size)) if lead and size > flat.size else flat
 
 
 def _divmod(n: Array, by: int) -> tuple[Array, Array]:

@@ -6,7 +6,8 @@ XLA adds.
 
 A thread loads and stores 16 bytes at a time where every chunk starts at a multiple of as many. Of rows whose length is
 no such multiple, 9605 classes say, the arrays are handed over flat, and a row's chunks lie as the memory does: the
-first starts at the multiple below the row's beginning, and what isn't the row's is masked in the first and the last.
+first starts at the multiple below the row's beginning. What isn't the row's is no part of its sum. Its gradient is
+masked, or, where it comes out the same there, written with the vector that it is in, by both rows' programs.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ _GPU = Arithmetic(
 _VECTOR = 8
 # The share of a row's elements, those that aren't there included, up to which its vectors are worth more of them.
 _MOST_FOR_FLAT = 1.5
+# Indices are 32 bits, those of a last chunk that isn't all there too.
+_MOST_ELEMENTS_FLAT = 2**31 - 2**16
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -94,7 +97,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[result_like(operands.logits, lying(name, o.shape), o.dtype) for name, o in outputs.items()],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-        # Safe in one pass: an element is read before its own gradient is written, and by nobody else.
+        # Safe in one pass: an element is read before its own gradient is written, and what others read of it is masked.
         input_output_aliases={0: list(outputs).index("gradient")} if task.gradient and task.donate_logits else {},
         interpret=interpret,
         name="asl_pallas_" + "_and_".join(outputs),
@@ -119,7 +122,7 @@ def _is_flat(rows: int, classes: int, tile: Callable[[int, int], TritonTiling]) 
         return pl.cdiv(width, chunk) * chunk
 
     fits = padded(_width(classes, True)) <= _MOST_FOR_FLAT * padded(classes)
-    return fits and rows * classes % _VECTOR == 0 and rows * classes < 2**31
+    return fits and rows * classes % _VECTOR == 0 and rows * classes < _MOST_ELEMENTS_FLAT
 
 
 def _stores_whole_vectors(task: Task, operands: Operands) -> bool:
