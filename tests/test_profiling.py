@@ -76,7 +76,7 @@ def test_every_contender_computes_the_loss_that_it_says():
             value, slope = jax.jit(contenders.step(contender.build(), cases.GRADIENT))(logits, labels)
             totals.setdefault(contender.loss, []).append(float(value))
             assert slope.shape == case.shape and bool(jnp.isfinite(slope).all())
-    assert len(totals[contenders.ASL]) == 4 and len(totals) == 3
+    assert len(totals[contenders.ASL]) == 5 and len(totals) == 3
     np.testing.assert_allclose(totals[contenders.ASL], totals[contenders.ASL][0], rtol=1e-5)
 
 
