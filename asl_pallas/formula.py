@@ -177,8 +177,9 @@ class AsymmetricLoss:
     # Value and slope, from the wrong answer's logit.
 
     def _exponential(self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic) -> tuple[Array, Array]:
+        # Far below, exp(u) may be 0: the wrong answer has no probability then, and nothing is divided by it.
         u = _signed(positive, logit, chip)
-        return u, chip.exp(chip.at_most(u, _LIMIT[u.dtype.itemsize]))
+        return u, _bounded_exp(u, chip)
 
     def _probabilities(
         self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
@@ -228,7 +229,7 @@ class AsymmetricLoss:
         self, _: tuple[()], logit: Array, positive: Array | bool, chip: Arithmetic
     ) -> tuple[Array, Array]:
         v = logit * _select(positive, 1.0, -1.0, logit.dtype)
-        return v, _bounded_exp(v, chip)
+        return v, _bounded_exp(chip.at_least(v, -_LIMIT[v.dtype.itemsize]), chip)
 
     def _probability(
         self, known: tuple[Array, Array], logit: Array, positive: Array | bool, chip: Arithmetic
@@ -341,8 +342,7 @@ def _signed(positive: Array | bool, x: Array, chip: Arithmetic) -> Array:
 
 
 def _bounded_exp(u: Array, chip: Arithmetic) -> Array:
-    limit = _LIMIT[u.dtype.itemsize]
-    return chip.exp(chip.at_most(chip.at_least(u, -limit), limit))
+    return chip.exp(chip.at_most(u, _LIMIT[u.dtype.itemsize]))
 
 
 def _power(m: Array, n: float) -> Array | float:

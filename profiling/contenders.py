@@ -43,6 +43,7 @@ class Contender:
       implementation: ours by this name; None for a peer.
       package: what has to be installed; torch runs on torch's own tensors.
       absent: what else it needs, and isn't there.
+      hard: it takes no soft labels.
       slow: XLA takes long to compile it for a TPU, so --quick leaves it out there.
     """
 
@@ -52,6 +53,7 @@ class Contender:
     build: Callable[[], Total]
     implementation: str | None = None
     package: str | None = None
+    hard: bool = False
     slow: bool = False
     absent: Callable[[], str | None] = lambda: None
 
@@ -88,7 +90,7 @@ class Contender:
         """Raises Unserved where the contender isn't made for the case."""
         if case.form != "dense" and not self.ours:
             raise Unserved("takes dense labels")
-        if case.soft and self.name in ("closed-form", "both-sides"):
+        if case.soft and self.hard:
             raise Unserved("written for hard labels")
         if self.implementation not in (None, "xla"):
             reason = kernels.refusal(self.implementation, case.operands(), case.form)
@@ -123,8 +125,8 @@ CONTENDERS: tuple[Contender, ...] = (
         Contender(f"ours-{name}", f"asl_pallas, {name}", ASL, functools.partial(_ours, name), implementation=name)
         for name in _IMPLEMENTATIONS
     ),
-    Contender("closed-form", "closed form in jnp", ASL, lambda: closed_form.total_asymmetric_loss),
-    Contender("both-sides", "both sides in jnp, and a select", ASL, lambda: closed_form.total_of_both_sides),
+    Contender("closed-form", "closed form in jnp", ASL, lambda: closed_form.total_asymmetric_loss, hard=True),
+    Contender("both-sides", "both sides in jnp, and a select", ASL, lambda: closed_form.total_of_both_sides, hard=True),
     Contender("official", "official formula in jnp", ASL, lambda: _summed(autodiff.official), slow=True),
     Contender("optax-style", "ASL in optax's style", ASL, lambda: _summed(autodiff.optax_style), slow=True),
     Contender(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from profiling import cases, contenders, local, results, tables, targets
-from profiling.cases import GPU, GRADIENT, IDS, IN_PLACE, ON_CHIP, ON_ODD_ROWS
+from profiling.cases import GRADIENT, IDS, IN_PLACE, ON_CHIP, ON_ODD_ROWS
 from profiling.results import Document, Row
 
 README = local.ROOT / "README.md"
@@ -25,16 +25,14 @@ def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLD
     """The README with its tables as the files have them; `device` is put in the place of the one that is named.
 
     Tables of a machine with huge pages make way for another machine's with huge pages, and those of an accelerator,
-    which has one of its own, for another accelerator's.
+    which are kinds of their own, for another accelerator's.
     """
     accelerates = device is not None and has_chip(device, folder)
 
     def takes_the_place(kind: str, named: str) -> bool:
-        if device is None or named in (*targets.TARGETS, "compiled"):
+        if device is None or named in (*targets.TARGETS, "compiled") or accelerates != (kind in _OF_ACCELERATORS):
             return False
-        if accelerates or kind == "measured":
-            return accelerates and kind == "measured"
-        return device.endswith(local.HUGE_PAGES) == named.endswith(local.HUGE_PAGES) and not has_chip(named)
+        return device.endswith(local.HUGE_PAGES) == named.endswith(local.HUGE_PAGES)
 
     def table(match: re.Match[str]) -> str:
         kind, named, before = match.groups()
@@ -160,49 +158,46 @@ def speed(device: str, folder: pathlib.Path) -> str:
 
 
 def measured(device: str, folder: pathlib.Path) -> str:
-    """An accelerator's time, by the clock and by the chip: the contenders on the main cases, and ours on all."""
+    """An accelerator's time, by the clock and by the chip: the contenders on two cases, and ours on the others."""
     timed = results.load_or_empty(results.path_of(device, "speed", folder))
-    main = [case for case in cases.CASES if case.name in (ON_CHIP.name, ON_ODD_ROWS.name)]
+    main = (ON_CHIP, ON_ODD_ROWS)
     rows = {case.name: timed.rows_of(case.name, GRADIENT) for case in cases.CASES}
-    lines = []
-    for contender in contenders.CONTENDERS:
-        of_main = [rows[case.name].get(contender.name) for case in main]
-        if any(of_main):
-            lines.append([contender.title, *itertools.chain(*map(_on_chip, of_main))])
-    if not lines:
+    present = [c for c in contenders.CONTENDERS if any(c.name in rows[case.name] for case in main)]
+    if not present:
         return ""
     header = ["", *(f"{case.name}: {what}" for case in main for what in _ON_CHIP)]
-    ours = contenders.default(GPU).name
-    peers = ("closed-form", "ours-xla", "official", "ours-mosaic_gpu")
-    other = []
-    for case in cases.CASES:
-        if (mine := rows[case.name].get(ours)) and case not in main:
-            theirs = (rows[case.name].get(name) for name in peers)
-            times = (
-                f"{row.figures['seconds_on_chip'] / mine.figures['seconds_on_chip']:.2f}" if row else "-"
-                for row in theirs
-            )
-            figures = mine.figures
-            other.append(
-                [
-                    case.name,
-                    f"{1e6 * figures['seconds_on_chip']:.1f}",
-                    tables.percent(figures["fraction_of_floor_on_chip"]),
-                    *times,
-                ]
-            )
-    titles = (contenders.find(name).title for name in peers)
-    second = [
-        "on the chip",
-        f"{contenders.find(ours).title}, us",
-        "of the floor",
-        *(f"{title}, times" for title in titles),
+    lines = [[c.title, *itertools.chain(*(_on_chip(rows[case.name].get(c.name)) for case in main))] for c in present]
+    said = ""
+    if first := next((row.figures for row in timed.rows if "seconds_on_chip" in row.figures), None):
+        clock, chip = (first[f"copy_bytes_per_second{by}"] / 1e9 for by in ("", "_on_chip"))
+        said = f"\nThe copy moved {clock:,.0f} GB/s by the clock and {chip:,.0f} by the chip.\n\n"
+    others = {name: found for name, found in rows.items() if name not in [case.name for case in main]}
+    used = [row.run for found in rows.values() for row in found.values()]
+    return _markdown(header, lines) + said + _by_chip(others) + _source([timed], used)
+
+
+def _by_chip(rows: dict[str, dict[str, Row]]) -> str:
+    """Case by case, what the chip takes for ours, and how many times that for others."""
+    times = {
+        case: {name: row.figures["seconds_on_chip"] for name, row in found.items() if "seconds_on_chip" in row.figures}
+        for case, found in rows.items()
+    }
+    ours = next((c for c in contenders.CONTENDERS if c.ours and any(c.name in found for found in times.values())), None)
+    if ours is None:
+        return ""
+    peers = [contenders.find(name) for name in ("closed-form", "ours-xla", "official", "ours-mosaic_gpu")]
+    lines = [
+        [
+            case,
+            f"{1e6 * found[ours.name]:.1f}",
+            tables.percent(rows[case][ours.name].figures["fraction_of_floor_on_chip"]),
+            *(f"{found[peer.name] / found[ours.name]:.2f}" if peer.name in found else "-" for peer in peers),
+        ]
+        for case, found in times.items()
+        if ours.name in found
     ]
-    copy = next(row.figures for row in rows[ON_CHIP.name].values())
-    said = f"\nThe copy moved {copy['copy_bytes_per_second'] / 1e9:,.0f} GB/s by the clock and "
-    said += f"{copy['copy_bytes_per_second_on_chip'] / 1e9:,.0f} by the chip.\n\n"
-    used = [row.run for of_case in rows.values() for row in of_case.values()]
-    return _markdown(header, lines) + said + (_markdown(second, other) if other else "") + _source([timed], used)
+    header = ["on the chip", f"{ours.title}, us", "of the floor", *(f"{peer.title}, times" for peer in peers)]
+    return _markdown(header, lines)
 
 
 _ON_CHIP = ("ms", "times ours (95 % interval)", "on the chip, ms", "of the floor")
@@ -377,4 +372,6 @@ TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {
     "labels": labels,
     "head": head,
     "parity": parity,
+    "errors": parity,
 }
+_OF_ACCELERATORS = ("measured", "errors")

@@ -8,6 +8,7 @@ import json
 import pathlib
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -333,12 +334,20 @@ def test_in_place_each_call_gets_logits_of_its_own_before_the_clock_starts_and_g
         given.append(make())
         return given[-1]
 
-    runner.given_up, runner.calls = remembered, 3
+    call, gradients = runner.call, []
+
+    def watched(logits: Any) -> Any:
+        found = call(logits)
+        gradients.append(weakref.ref(found[1]))
+        return found
+
+    runner.given_up, runner.call, runner.calls = remembered, watched, 3
     clock = iter([10.0, 16.0])
 
     def now() -> float:
-        # Before the start all are there, and at the end all are gone but none is missing.
+        # Before the start all are there, and at the end all are gone but none is missing, nor the last gradient.
         assert len(given) == 4
+        assert len(gradients) == 1 or gradients[-1]() is not None
         return next(clock)
 
     monkeypatch.setattr(speed.time, "perf_counter", now)
@@ -506,7 +515,10 @@ def test_an_accelerator_has_a_table_of_its_own_and_leaves_the_others_alone(tmp_p
     assert readme.has_chip(card)
     shutil.copytree(results.FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
     (tmp_path / card).rename(tmp_path / "another-card")
-    expected = before.replace(f"measured {card}", "measured another-card").replace(f"| {card} |", "| another-card |")
+    expected = before.replace(f"| {card} |", "| another-card |")
+    for kind in ("measured", "errors"):
+        assert f"{kind} {card}" in before
+        expected = expected.replace(f"{kind} {card}", f"{kind} another-card")
     assert readme.rewritten(before, "another-card", tmp_path) == expected
 
 

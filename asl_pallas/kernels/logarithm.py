@@ -19,7 +19,10 @@ _ROOT_OF_HALF = 0x3F3504F3  # as float32's bits
 
 
 def log(z: Array) -> Array:
-    """log(z) for normal, positive, finite z; a number without meaning for any other, NaN included."""
+    """log(z) for normal, positive, finite z; a number without meaning for any other, NaN included.
+
+    It errs by at most 1.3e-7 of max(1, |log(z)|): near 1, where the logarithm is small, not by a share of itself.
+    """
     if z.dtype != jnp.float32:
         return jnp.log(z)
     bits = lax.bitcast_convert_type(z, jnp.int32)

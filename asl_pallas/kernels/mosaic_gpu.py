@@ -126,8 +126,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         name: result.reshape(output.shape) for (name, output), result in zip(outputs.items(), results, strict=True)
     }
     if task.value == "rows":
-        sums = jnp.sum(found["value"], axis=1)
-        found["value"] = sums if chip.by_element else task.without_sign(sums)
+        found["value"] = task.losses(jnp.sum(found["value"], axis=1), chip)
     return Result(found.get("value"), found.get("gradient"))
 
 

@@ -338,4 +338,4 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         def _finish():
             sums = scratch["sums"][...]
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
-            outputs["value"][...] = sums if chip.by_element else task.without_sign(sums)
+            outputs["value"][...] = task.losses(sums, chip)

@@ -108,8 +108,10 @@ class Task:
         weighted = operands.weights is not None or operands.pos_weight is not None
         return weighted or self.is_soft(operands.labels.dtype)
 
-    def without_sign(self, sums: Array) -> Array:
-        """The rows' losses from sums of losses that have no sign of their own (`Arithmetic.by_element`)."""
+    def losses(self, sums: Array, chip: Arithmetic) -> Array:
+        """The rows' losses from sums of those that a chip may have left without a sign (`Arithmetic.by_element`)."""
+        if chip.by_element:
+            return sums
         sums = sums * self.formula.sign(self.gradient)
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 

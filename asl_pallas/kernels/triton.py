@@ -104,8 +104,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     )(*(array.reshape(lying(name, array.shape)) for name, array in arrays.items()))
     found = {name: result.reshape(outputs[name].shape) for name, result in zip(outputs, results, strict=True)}
     if task.value == "rows":
-        sums = jnp.sum(found["value"], axis=1)
-        found["value"] = sums if chip.by_element else task.without_sign(sums)
+        found["value"] = task.losses(jnp.sum(found["value"], axis=1), chip)
     return Result(found.get("value"), found.get("gradient"))
 
 

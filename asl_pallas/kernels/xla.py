@@ -135,7 +135,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     start = jnp.zeros((rows,) if sums else (rows, classes), dtype)
     result = lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
-    return task.without_sign(result) if sums and not chip.by_element else result
+    return task.losses(result, chip) if sums else result
 
 
 def _unpacked(words: Array, classes: int) -> Array:
