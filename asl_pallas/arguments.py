@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,40 @@ from asl_pallas.kernels.tile import Form
 from asl_pallas.labels import PackedLabels, SparseLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+# What other libraries call it -> what to write here.
+_ELSEWHERE = {
+    "weight": "weights=... weighs elements, pos_weight=... the positive terms",
+    "reduction": "axis=None sums over all elements, axis=() over none; a mean is asymmetric_loss(...).mean()",
+    "smoothing": "label_smoothing=...",
+    "eps": "leave it out, since nothing is clamped: the loss is exact for any logit",
+    "disable_torch_grad_focal_loss": "stop_focus_gradient=True",
+    "gamma": "gamma_neg=... and gamma_pos=...; both the same with clip=0 is focal loss",
+    "alpha": "pos_weight=alpha / (1 - alpha) and weights=1 - alpha",
+    "mask": "where=...",
+    "target": "labels=...",
+    "targets": "labels=...",
+    "input": "logits=...",
+    "ignore_index": "ignore_label=...",
+    "sum_classes": "the loss is summed over the classes unless axis=() leaves the elements",
+}
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def explains_foreign_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, which answers another library's name for an argument with what to write instead."""
+    names = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def explained(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        for name in kwargs:
+            if name not in names and name in _ELSEWHERE:
+                raise TypeError(f"{function.__name__} has no argument {name!r}; write {_ELSEWHERE[name]}")
+        return function(*args, **kwargs)
+
+    return explained
 
 
 def is_traced(x: Any) -> bool:
@@ -109,6 +146,13 @@ def check_labels(
         raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
     if array.shape != logits.shape:
         raise ValueError(f"labels have shape {array.shape}; expected the logits' shape {logits.shape}")
+    if ignore_label is not None and jnp.issubdtype(array.dtype, jnp.integer):
+        held = jnp.iinfo(array.dtype)
+        if not held.min <= ignore_label <= held.max:
+            raise ValueError(
+                f"ignore_label={ignore_label}, and labels have dtype {array.dtype.name}, which holds {held.min} to "
+                f"{held.max}: no label can be ignored; expected a number that the labels can hold"
+            )
     if ignore_label is not None and _is_real(array.dtype):
         raise TypeError(
             f"ignore_label={ignore_label} needs integer labels and labels have dtype {array.dtype.name}; leave soft "
@@ -142,35 +186,27 @@ def _check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
     return array
 
 
-def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
+def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> Array | None:
     if where is None:
         return None
     array = _array("where", where)
     if array.dtype != jnp.bool_:
         raise TypeError(f"where has dtype {array.dtype.name}; expected bool")
-    return _broadcastable("where", array, logits.shape)
+    return _broadcastable("where", array, logits.shape, axes)
 
 
-def check_weights(weights: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
-    if weights is None:
-        return None
-    return _broadcastable("weights", _real("weights", weights), logits.shape)
-
-
-def check_pos_weight(pos_weight: Any, logits: Array | jax.ShapeDtypeStruct) -> Array | None:
-    if pos_weight is None:
-        return None
-    array = _real("pos_weight", pos_weight)
-    classes = logits.shape[-1]
-    if array.shape not in ((), (1,), (classes,)):
-        raise ValueError(f"pos_weight has shape {array.shape}; expected a scalar or ({classes},), one a class")
-    return array
+def check_weights(
+    name: Literal["weights", "pos_weight"], weights: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]
+) -> Array | None:
+    return None if weights is None else _broadcastable(name, _real(name, weights), logits.shape, axes)
 
 
 def check_hyperparameter(name: str, number: Any) -> tuple[float | None, Array | None]:
     """(the number, None) where it is known in Python; (TRACED, the scalar) where JAX has it."""
     below_one = name == "clip"
     allowed = "0 <= clip < 1" if below_one else f"{name} >= 0 and finite"
+    if number is None and below_one:
+        raise TypeError(f"{name}=None; expected a real number or a traced scalar: clip=0 is no margin")
     if isinstance(number, (bool, str, complex)) or number is None:
         raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar")
     if not isinstance(number, jax.Array):
@@ -278,13 +314,24 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _broadcastable(name: str, array: Array, shape: tuple[int, ...]) -> Array:
+def _broadcastable(name: str, array: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """An array that broadcasts to the logits' shape, and in one way only where the sum is over `axes`."""
     try:
         fits = np.broadcast_shapes(array.shape, shape) == shape
     except ValueError:
         fits = False
+    ndim = len(shape)
+    # A vector goes along the last axis. Who sums over another axis of the same size may have meant that one.
+    along = [axis for axis in (axes if fits else range(ndim - 1)) if array.ndim == 1 and array.shape == (shape[axis],)]
+    reshaped = " or ".join(f"{(array.size, *(1,) * (ndim - 1 - axis))} for axis {axis}" for axis in along)
     if not fits:
-        raise ValueError(f"{name} has shape {array.shape}; expected one that broadcasts to the logits' {shape}")
+        expected = f"one that broadcasts to the logits' {shape}" + (f", such as {reshaped}" if along else "")
+        raise ValueError(f"{name} has shape {array.shape}; expected {expected}")
+    if along and ndim - 1 not in axes and array.size > 1:
+        raise ValueError(
+            f"{name} has shape {array.shape}, which fits the last axis and one that is summed over; expected "
+            f"{reshaped}, or {(1, array.size)} for the last axis"
+        )
     return array
 
 

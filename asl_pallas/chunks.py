@@ -9,6 +9,8 @@ gradients, which the loop fills slice by slice.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from jax import Array, lax
 
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
+from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import vary_alike
@@ -91,15 +94,18 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     classes = arrays.kernel.shape[-1]
     dtype = compute_dtype(arrays.features.dtype)
     task = dataclasses.replace(work.task, gradient=bool(work.gradients))
-    features = arrays.features.reshape(-1, depth)
+    features = _without_left_out(work.task, arrays).reshape(math.prod(leading), depth)
     chunk = work.chunk or head_chunk(features.shape[0], classes)
     operands = {name: getattr(arrays, name) for name in ("where", "weights", "pos_weight", "cotangent")}
 
     def one(start: Any, size: int, found: Found) -> Found:
         kernel = _kernel_of(arrays.kernel, start, size, features.dtype, exchange)
+        if arrays.where is not None and arrays.where.shape[-1] == classes:
+            used = _slice(arrays.where, start, size).any(tuple(range(len(leading))))
+            kernel = jnp.where(used[None], kernel, jnp.zeros_like(kernel))
         logits = _product(features, kernel, (1, 0), dtype, work.precision)
         if arrays.bias is not None:
-            logits = logits + _slice(arrays.bias, start, size).astype(dtype)
+            logits = logits + _slice(arrays.bias, start, size).astype(dtype)[None]
         tile = Operands(
             logits=logits.reshape(*leading, size),
             labels=_labels_of(task.labels, arrays.labels, start, size, chunk),
@@ -114,10 +120,12 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             if reason is not None:
                 raise NotImplementedError(f"implementation={work.implementation!r} can't serve this call: {reason}")
         value, gradient = kernels.run(task, tile, work.implementation, work.interpret)
-        value = None if value is None else found.value + value
+        if value is not None:
+            total, lost = found.value
+            value = add_exactly(total, lost, value)
         if gradient is None:
             return Found(value)
-        gradient = gradient.reshape(-1, size)
+        gradient = gradient.reshape(features.shape[0], size)
         of_features, of_kernel, of_bias = found.features, found.kernel, found.bias
         if "bias" in work.gradients:
             of_bias = _put(of_bias, jnp.sum(gradient, axis=0), start)
@@ -130,7 +138,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         return Found(value, of_features, of_kernel, of_bias)
 
     nothing = Found(
-        value=None if task.value is None else jnp.zeros(leading, dtype),
+        value=None if task.value is None else (jnp.zeros(leading, dtype),) * 2,
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
         kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
@@ -139,9 +147,28 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
     body = jax.checkpoint(one, static_argnums=1) if work.implementation == kernels.PLAIN else one
     found = over_chunks(body, nothing, classes, chunk)
+    if found.value is not None:
+        total, lost = found.value
+        found = found._replace(value=total_of(total, lax.stop_gradient(lost)))
     if found.features is not None:
         found = found._replace(features=found.features.reshape(arrays.features.shape))
     return found
+
+
+def _without_left_out(task: Task, arrays: Arrays) -> Array:
+    """The features, and 0 for those of an example none of whose classes counts.
+
+    Its logits have no gradient, but 0 times a NaN is one, and would go into the kernel's gradient.
+    """
+    counts = []
+    if arrays.where is not None:
+        counts.append(arrays.where)
+    if task.ignore_label is not None and arrays.labels.dtype != jnp.bool_:
+        counts.append(arrays.labels != np.asarray(task.ignore_label).astype(arrays.labels.dtype)[()])
+    if not counts:
+        return arrays.features
+    counts_at_all = functools.reduce(jnp.logical_and, counts).any(-1, keepdims=True)
+    return jnp.where(counts_at_all, arrays.features, jnp.zeros_like(arrays.features))
 
 
 def over_chunks(one: Callable[[Any, int, Any], Any], carry: Any, classes: int, chunk: int, start: int = 0) -> Any:
@@ -171,13 +198,13 @@ def top_k(
     features, kernel, bias = vary_alike((features, kernel, bias))
     *leading, depth = features.shape
     classes = kernel.shape[-1]
-    rows = features.reshape(-1, depth)
+    rows = features.reshape(math.prod(leading), depth)
     dtype = compute_dtype(features.dtype)
 
     def scores_of(start: Any, size: int) -> Array:
         of_chunk = _kernel_of(kernel, start, size, features.dtype, exchange)
         scores = _product(rows, of_chunk, (1, 0), dtype, precision)
-        return scores if bias is None else scores + _slice(bias, start, size).astype(dtype)
+        return scores if bias is None else scores + _slice(bias, start, size).astype(dtype)[None]
 
     def one(start: Any, size: int, best: tuple[Array, Array]) -> tuple[Array, Array]:
         of_chunk, at = lax.top_k(scores_of(start, size), min(k, size))

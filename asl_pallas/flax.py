@@ -9,7 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("asl_pallas.flax needs flax: pip install 'asl-pallas[flax]'") from error
 from jax import Array, lax
 from jax.typing import ArrayLike
 

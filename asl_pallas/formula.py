@@ -62,6 +62,7 @@ class Arithmetic:
         the sum by `Formula.sign`, and takes 0 for what a rounding took below.
       factors: loss and slope share m^(gamma - 1). That is fewer operations, and more numbers at a time.
       labels_by_results: the last step tells a positive by what it is handed, not from its label.
+      differentiable: JAX may differentiate what is computed, so what is left out has to be finite in every factor.
       from_the_logit: the value's last step takes the logit itself again, not what was made of it for the first. XLA's
         CPU backend splits an expression that has too many uses for one part of it.
     """
@@ -79,6 +80,7 @@ class Arithmetic:
     by_element: bool = True
     factors: bool = False
     labels_by_results: bool = False
+    differentiable: bool = True
     from_the_logit: bool = False
 
 
@@ -95,11 +97,15 @@ class Formula(Protocol):
 
     Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these. `sign` is
     what the last one's values have to be multiplied by, for a chip that wants no losses by element. A formula that is
-    `tolerant` stays exact enough where exp and log err by 2^-22.
+    `tolerant` stays exact enough where exp and log err by 2^-22. Of one that is `non_negative`, what a rounding takes
+    below 0 in a sum of losses counts as 0.
     """
 
     @property
     def tolerant(self) -> bool: ...
+
+    @property
+    def non_negative(self) -> bool: ...
 
     def steps(self, gradient: bool) -> tuple[Step, ...]: ...
 
@@ -149,6 +155,10 @@ class AsymmetricLoss:
     gamma_pos: Scalar = 1.0
     clip: Scalar = 0.05
     stop_focus_gradient: bool = False
+
+    @property
+    def non_negative(self) -> bool:
+        return True
 
     def value(self, logit: Array, positive: Array | bool, chip: Arithmetic = EXACT) -> Array:
         return evaluate(self, logit, positive, chip, gradient=False)[0]
@@ -327,9 +337,9 @@ class AsymmetricLoss:
     def _any_power(self, m: Array, positive: Array | bool) -> tuple[Array, Array, Array | float]:
         """m^gamma, m or a 1 where it is 0, and gamma."""
         gamma = _select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
-        inside = m > 0.0
-        base = jnp.where(inside, m, 1.0)
-        return jnp.where(inside, jnp.exp(gamma * jnp.log(base)), 0.0), base, gamma
+        outside = m <= 0.0  # which a NaN is not
+        base = jnp.where(outside, 1.0, m)
+        return jnp.where(outside, 0.0, jnp.exp(gamma * jnp.log(base))), base, gamma
 
 
 def _sign(positive: Array | bool, dtype: Any) -> Array | float:

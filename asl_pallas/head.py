@@ -19,12 +19,14 @@ from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.head_sharding import HeadLayout
+from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Task, compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.sharding import CannotCutError
 
 
+@arguments.explains_foreign_names
 def linear_asymmetric_loss(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -91,14 +93,14 @@ def linear_asymmetric_loss(
     w = arguments.check_kernel(kernel, x)
     # What the checks of asymmetric_loss ask about the logits.
     logits = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), compute_dtype(x.dtype))
-    mask = arguments.check_where(where, logits)
+    axes = arguments.check_axis(axis, logits.ndim)
+    mask = arguments.check_where(where, logits, axes)
     ignore = arguments.check_ignore_label(ignore_label)
     known, traced = {}, []
     for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
         known[name], scalar = arguments.check_hyperparameter(name, number)
         if scalar is not None:
             traced.append(scalar)
-    axes = arguments.check_axis(axis, logits.ndim)
     if logits.ndim - 1 not in axes:
         raise ValueError(
             f"axis={axis!r} leaves the classes in, an array of the logits' size; expected -1, None or a tuple with the "
@@ -133,8 +135,8 @@ def linear_asymmetric_loss(
             bias=arguments.check_bias(bias, w),
             labels=label_array,
             where=mask,
-            weights=arguments.check_weights(weights, logits),
-            pos_weight=arguments.check_pos_weight(pos_weight, logits),
+            weights=arguments.check_weights("weights", weights, logits, axes),
+            pos_weight=arguments.check_weights("pos_weight", pos_weight, logits, axes),
             scalars=tuple(traced) or None,
         ),
     )
@@ -193,7 +195,7 @@ def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
         arrays = head_sharding.lay(arrays, call.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
     loss = _loss(plan, vary_alike(arrays))
-    return loss if plan.total else jnp.sum(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
+    return loss if plan.total else sum_over(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _evaluate(plan: _Plan, arrays: Arrays) -> Found:
     if plan.layout is None:
         found = chunks.run(plan.work, arrays)
         if plan.total and found.value is not None:
-            found = found._replace(value=jnp.sum(found.value))
+            found = found._replace(value=sum_over(found.value, tuple(range(found.value.ndim))))
     else:
         found = head_sharding.on_shards(plan.work, arrays, plan.layout, plan.total)
     if found.features is not None:

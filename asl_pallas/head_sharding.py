@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from asl_pallas import chunks
 from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Work
+from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Form
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 
@@ -131,9 +132,9 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool) -> Fo
         found = chunks.run(work, _own_labels(form, arrays, classes, layout), _exchange(layout))
         value, features, kernel, bias = found
         if value is not None:
-            value = (
-                lax.psum(jnp.sum(value), (*layout.examples, *layout.classes)) if total else _sum(value, layout.classes)
-            )
+            if total:
+                value = sum_over(value, tuple(range(value.ndim)))
+            value = _sum(value, (*layout.examples, *layout.classes) if total else layout.classes)
         return Found(
             value,
             features if features is None else _sum(features, layout.classes),

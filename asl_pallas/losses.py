@@ -17,10 +17,12 @@ from jax.typing import ArrayLike
 from asl_pallas import arguments, kernels, sharding
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
+from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
 from asl_pallas.labels import PackedLabels, SparseLabels
 
 
+@arguments.explains_foreign_names
 def asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike | PackedLabels | SparseLabels,
@@ -98,7 +100,8 @@ def asymmetric_loss(
       ICCV 2021, https://arxiv.org/abs/2009.14119, equations (4) to (7).
     """
     x = arguments.check_logits(logits)
-    mask = arguments.check_where(where, x)
+    axes = arguments.check_axis(axis, x.ndim)
+    mask = arguments.check_where(where, x, axes)
     ignore = arguments.check_ignore_label(ignore_label)
     known, traced = {}, []
     for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
@@ -111,7 +114,7 @@ def asymmetric_loss(
     form, label_array = arguments.check_labels(labels, x, where, ignore)
     call = _Call(
         formula=formula,
-        axes=arguments.check_axis(axis, x.ndim),
+        axes=axes,
         labels=form,
         ignore_label=ignore,
         label_smoothing=arguments.check_label_smoothing(label_smoothing),
@@ -124,8 +127,8 @@ def asymmetric_loss(
         logits=x,
         labels=label_array,
         where=mask,
-        weights=arguments.check_weights(weights, x),
-        pos_weight=arguments.check_pos_weight(pos_weight, x),
+        weights=arguments.check_weights("weights", weights, x, axes),
+        pos_weight=arguments.check_weights("pos_weight", pos_weight, x, axes),
         scalars=tuple(traced),
     )
     return _asymmetric_loss(call, arrays)
@@ -210,7 +213,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         if plan.implementation != kernels.PLAIN:
             warnings.warn(f"{reason}; asymmetric_loss leaves the formula to XLA", stacklevel=3)
         plan = plan.plain()
-    return jnp.sum(_loss(plan, operands), tuple(axis for axis in call.axes if axis != ndim - 1))
+    return sum_over(_loss(plan, operands), tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,16 +269,22 @@ def _loss_forward(plan: _Plan, operands: Operands):
     result = _run(plan.wants(value=True, gradient=one_pass), operands)
     others = perturbed - {"logits"}
     kept = operands if others or not one_pass else None
-    return result.value, (result.gradient, kept, dict.fromkeys(sorted(perturbed)))
+    flags = ("left out",) if operands.where is not None or plan.task.ignore_label is not None else ()
+    return result.value, (result.gradient, kept, dict.fromkeys((*sorted(perturbed), *flags)))
 
 
 def _loss_backward(plan: _Plan, residuals, cotangent: Array):
-    gradient, operands, perturbed = residuals
+    gradient, operands, flags = residuals
+    perturbed = [name for name in flags if name != "left out"]
     found: dict[str, Any] = dict.fromkeys(Operands._fields)
     if "logits" in perturbed:
         by_element = cotangent if plan.task.value == "elements" else cotangent[..., None]
         if gradient is not None:
-            found["logits"] = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
+            of_logits = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
+            if "left out" in flags:
+                # Of what is left out it is 0 whatever the cotangent: where nothing counts, a mean's is infinite.
+                of_logits = jnp.where(gradient == 0, gradient, of_logits)
+            found["logits"] = of_logits
         else:
             scaled = operands._replace(cotangent=by_element)
             found["logits"] = _run(plan.wants(value=False, gradient=True), scaled).gradient

@@ -18,7 +18,7 @@ from jax import Array
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import Code, by_platform
 from asl_pallas.kernels.tile import Form, Operands, Result, Task
-from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
+from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for.
@@ -69,11 +69,25 @@ def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> 
         return "it computes in float32 and the logits are float64; 'xla' computes in float64"
     if implementation == "mosaic_tpu" and labels == "sparse" and (k := operands.labels.shape[-1]) > TPU_MOST_IDS:
         return f"it holds at most {TPU_MOST_IDS} ids a row, and these have {k}; PackedLabels serve any number"
+    if reason := _beyond_its_offsets(implementation, operands):
+        return reason
     supported = LOADS[implementation]
     for name in ("logits", "labels", "where"):
         operand = getattr(operands, name)
         if operand is not None and operand.dtype.name not in supported and not _is_converted(implementation, operand):
             return f"it loads no {operand.dtype.name} {name}; it loads {', '.join(supported)}"
+    return None
+
+
+def _beyond_its_offsets(implementation: str, operands: Operands) -> str | None:
+    """Why the kernel can't reach all elements of so large an array, or None where it can."""
+    if implementation == "mosaic_gpu" and operands.logits.size > LARGEST_INT32:
+        return f"it counts at most {LARGEST_INT32} elements on a device, and the logits have {operands.logits.size}"
+    if implementation == "triton":
+        for name, array in operands.arrays().items():
+            # JAX's lowering counts in 64 bits only from 2^32 bytes on.
+            if array.dtype.itemsize == 1 and LARGEST_INT32 < array.size <= 2**32:
+                return f"its offsets of one-byte elements have 32 bits, and {name} has {array.size} elements"
     return None
 
 
@@ -101,16 +115,24 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
     if implementation not in (None, "xla") and interpret:
         return _kernel(implementation, task, operands, interpret=True)
     shapes = jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
+    return by_platform(operands, _TaskCode(task, shapes, implementation))
 
-    def code(asked: tuple[bool, ...]) -> Code:
-        part = task
-        if asked and not all(asked):  # of a task with two results
+
+@dataclasses.dataclass(frozen=True)
+class _TaskCode:
+    """What serves a task, or that of its two results which somebody asks for, by platform."""
+
+    task: Task
+    shapes: Operands
+    implementation: str | None
+
+    def __call__(self, asked: tuple[bool, ...]) -> Code:
+        part = self.task
+        if asked and not all(asked):
             wants_value, wants_gradient = asked
-            part = dataclasses.replace(task, value=task.value if wants_value else None, gradient=wants_gradient)
+            part = dataclasses.replace(part, value=part.value if wants_value else None, gradient=wants_gradient)
         plain = functools.partial(xla.run, part)
-        return plain, _functions(part, shapes, implementation, plain)
-
-    return by_platform(operands, code)
+        return plain, _functions(part, self.shapes, self.implementation, plain)
 
 
 def _functions(

@@ -31,7 +31,6 @@ plgpu = mosaic_gpu_module()
 
 # The copy engine's addresses and sizes are multiples of 16 bytes, and so is this many elements of any size.
 _ALIGNMENT = 16
-_LAST_ELEMENT = 2**31 - 1
 
 
 def _log1p(x: Array) -> Array:
@@ -64,6 +63,7 @@ _EXACT = Arithmetic(
     negate=lambda condition, x: jnp.where(condition, -x, x),
     constant=lambda x: x,
     factors=True,
+    differentiable=False,
 )
 # With `approx_math` exp, log and rsqrt are an instruction or two each. They err as Triton's do.
 _APPROXIMATE = dataclasses.replace(_EXACT, log=jnp.log, reciprocal=_refined_reciprocal)
@@ -78,10 +78,6 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     rows, classes = operands.logits.shape
     if classes < MOSAIC_GPU_CLASSES:
         raise NotImplementedError(f"mosaic_gpu walks rows of at least {MOSAIC_GPU_CLASSES} classes, and has {classes}")
-    if rows * classes > _LAST_ELEMENT:
-        raise NotImplementedError(
-            f"mosaic_gpu counts at most {_LAST_ELEMENT} elements a device, and has {rows}x{classes}"
-        )
     sharding = jax.typeof(operands.logits).sharding
     if any(sharding.spec):
         # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.

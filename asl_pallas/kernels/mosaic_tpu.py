@@ -22,11 +22,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.formula import Arithmetic
-from asl_pallas.kernels.platforms import tpu_generation
+from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
-from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling
+from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
 
+# Scratch: a row's partial sums of a block, those of all blocks before it, and what the roundings of the latter lost.
+_SUMS = ("sums", "total", "lost")
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
 Stage = Callable[[Any, Operands, "Array | None"], Any]
@@ -59,7 +61,9 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         array = operand.T if tiling.turned and name != "scalars" else operand
         if name == "scalars":
             # Two dimensions, so that vmap's third leaves a block of whole last dimensions.
-            inputs[name] = operand[None], pl.BlockSpec(memory_space=pltpu.SMEM)
+            # An index map of its own: JAX's has 64 bits where integers have, and Mosaic compiles none such.
+            whole_array = pl.BlockSpec((1, operand.size), lambda i, j: (jnp.int32(0),) * 2, memory_space=pltpu.SMEM)
+            inputs[name] = operand[None], whole_array
         elif fused:
             inputs[name] = array.astype(TPU_CONVERTED[operand.dtype.name]), block
             scratch[name] = pltpu.VMEM(extent, inputs[name][0].dtype)
@@ -77,13 +81,15 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
     if task.value == "rows":
         outputs["value"] = result_like(operands.logits, (1, padded_rows), jnp.float32), by_row
-        scratch["sums"] = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
+        partial = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
+        # Of several blocks of classes, each adds up its own losses, and these sums are added without an error.
+        scratch.update(dict.fromkeys(_SUMS if grid[1] > 1 else _SUMS[:1], partial))
     elif task.value == "elements":
         outputs["value"] = result_like(operands.logits, shape, jnp.float32), block
     if task.gradient:
         outputs["gradient"] = result_like(operands.logits, shape, operands.logits.dtype), block
 
-    chip = arithmetic(task, operands, not interpret and (tpu_generation() or 6) < 6)
+    chip = arithmetic(task, operands, not interpret and tpu_refines())
     aside = _aside(task, tiling, operands, chip)
     kernel = functools.partial(
         _kernel,
@@ -146,6 +152,7 @@ def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
         at_most=jnp.minimum,
         by_element=task.needs_elements(operands),
         labels_by_results=True,
+        differentiable=False,
     )
 
 
@@ -232,7 +239,7 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
             tiles = _quotient(groups * group + (LANES - 1), LANES)
             _pack(ids, words, tiles, functools.partial(pack_tile, first=j * tiling.classes, classes=GROUP))
 
-    for name in [n for n in scratch if n != "sums" and inputs[n].shape[0] > 1]:
+    for name in [n for n in scratch if n not in _SUMS and inputs[n].shape[0] > 1]:
         # XLA's conversion runs where the block is read, which has to be at a fixed place.
         converted = scratch.pop(name)
         converted[...] = inputs[name][...]
@@ -243,7 +250,7 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         @pl.when(j == 0)
         def _start():
             for name, ref in scratch.items():
-                if name == "sums":
+                if name in _SUMS:
                     ref[...] = jnp.zeros_like(ref)
                 else:  # lanes to rows: every lane of a row gets the row's number
                     ref[...] = jnp.broadcast_to(inputs[name][...], (LANES, tiling.rows)).T
@@ -332,10 +339,15 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
             of_class = lax.broadcasted_iota(jnp.int32, tiling.lying(group, chunk), tiling.classes_axis)
             walk(whole, whole + 1, of_class < classes % chunk)
 
+    if "total" in scratch:
+        total, lost, sums = (scratch[name] for name in ("total", "lost", "sums"))
+        total[...], lost[...] = add_exactly(total[...], lost[...], sums[...])
+        sums[...] = jnp.zeros_like(sums)
+
     if "sums" in scratch:
 
         @pl.when(at_the_end)
         def _finish():
-            sums = scratch["sums"][...]
+            sums = total_of(total[...], lost[...]) if "total" in scratch else scratch["sums"][...]
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
             outputs["value"][...] = task.losses(sums, chip)

@@ -7,13 +7,15 @@ module for several platforms (jax.export) it lowers each branch for all of them,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching, mlir, xla
 
 from asl_pallas.kernels.versions import narrows, quiet_triton
 
@@ -33,19 +35,29 @@ def by_platform(operands: Any, code: Callable[[tuple[bool, ...]], Code]) -> Any:
     Args:
       operands: a pytree of arrays.
       code: of which results somebody asks for, in the order of their leaves and empty for all, `like` and the
-        functions that give these alone. One that can't serve may raise: it is called only if it is lowered.
+        functions that give these alone. One that can't serve may raise: it is called only if it is lowered. Hashable.
     """
     leaves, tree = jax.tree.flatten(operands)
-
-    def flat(function: Callable[[Any], Any]) -> Callable[..., list[Any]]:
-        return lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(tree, leaves)))
-
-    def flat_code(asked: tuple[bool, ...]) -> Code:
-        like, functions = code(asked)
-        return flat(like), {name: flat(function) for name, function in functions.items()}
-
-    found = _by_platform_p.bind(*leaves, code=flat_code, asked=())
+    found = _by_platform_p.bind(*leaves, code=_OfLeaves(code, tree), asked=())
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(code(())[0], operands)), found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfLeaves:
+    """A `code` whose functions take and return the leaves of pytrees.
+
+    It compares by value, as `code` itself should: an operation outside of jax.jit is compiled once for equal ones.
+    """
+
+    code: Callable[[tuple[bool, ...]], Code]
+    tree: Any
+
+    def __call__(self, asked: tuple[bool, ...]) -> Code:
+        like, functions = self.code(asked)
+        return self._of_leaves(like), {name: self._of_leaves(function) for name, function in functions.items()}
+
+    def _of_leaves(self, function: Callable[[Any], Any]) -> Callable[..., list[Any]]:
+        return lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(self.tree, leaves)))
 
 
 @_by_platform_p.def_abstract_eval
@@ -53,19 +65,28 @@ def _shapes(*avals, code, asked):
     return jax.make_jaxpr(code(asked)[0])(*avals).out_avals
 
 
-@_by_platform_p.def_impl
-def _run(*leaves, **parameters):
-    return jax.jit(lambda *leaves: _by_platform_p.bind(*leaves, **parameters))(*leaves)
+# JAX's own way to run one operation. It compiles the operation under jax.disable_jit too. Where jax_debug_nans finds a
+# NaN in its results it raises; a function of jax.jit would be run once more, operation by operation.
+_by_platform_p.def_impl(functools.partial(xla.apply_primitive, _by_platform_p))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batched:
+    """A `code` under jax.vmap; it compares by value."""
+
+    code: Callable[[tuple[bool, ...]], Code]
+    in_axes: tuple[int | None, ...]
+
+    def __call__(self, asked: tuple[bool, ...]) -> Code:
+        like, functions = self.code(asked)
+        return jax.vmap(like, self.in_axes), {
+            name: jax.vmap(function, self.in_axes) for name, function in functions.items()
+        }
 
 
 def _batch(leaves, dims, *, code, asked):
     moved = [leaf if dim is None else jnp.moveaxis(leaf, dim, 0) for leaf, dim in zip(leaves, dims, strict=True)]
-    in_axes = tuple(None if dim is None else 0 for dim in dims)
-
-    def batched(asked: tuple[bool, ...]) -> Code:
-        like, functions = code(asked)
-        return jax.vmap(like, in_axes), {name: jax.vmap(function, in_axes) for name, function in functions.items()}
-
+    batched = _Batched(code, tuple(None if dim is None else 0 for dim in dims))
     found = _by_platform_p.bind(*moved, code=batched, asked=asked)
     return found, (0,) * len(found)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
@@ -113,6 +114,8 @@ class Task:
         if chip.by_element:
             return sums
         sums = sums * self.formula.sign(self.gradient)
+        if not self.formula.non_negative:
+            return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
     def _begin(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Any:
@@ -123,6 +126,7 @@ class Task:
         x, labels, keep = self._read(tile, valid)
         positive = _is_positive(labels)
         result = self._asked(step(known, x, positive, chip))
+        tile = _without_left_out(tile, keep, chip)
         if tile.pos_weight is not None:
             weight = tile.pos_weight
             result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
@@ -130,7 +134,12 @@ class Task:
 
     def _soft(self, _: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
         x, labels, keep = self._read(tile, valid)
-        y = labels if jnp.issubdtype(labels.dtype, jnp.floating) else _is_positive(labels)
+        tile = _without_left_out(tile._replace(labels=labels), keep, chip)
+        labels = tile.labels
+        y = _is_positive(labels)
+        if jnp.issubdtype(labels.dtype, jnp.floating):
+            # No label: the formula would give a number without meaning, a negative loss too.
+            y = jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
         sides = (evaluate(self.formula, x, positive, chip, self.gradient) for positive in (True, False))
         of_positive, of_negative = (self._asked(side) for side in sides)
 
@@ -139,11 +148,12 @@ class Task:
             if self.label_smoothing:
                 y_plus = y_plus * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
             y_minus = 1.0 - y_plus
-            # A side without a share is left out even where it is infinite.
-            yes = jnp.where(jnp.logical_and(y_plus == 0.0, yes == jnp.inf), 0.0, yes)
-            no = jnp.where(jnp.logical_and(y_minus == 0.0, no == jnp.inf), 0.0, no)
-            weight = tile.pos_weight
-            return (y_plus if weight is None else y_plus * weight.astype(yes.dtype)) * yes + y_minus * no
+            # A side without a share is left out even where it, or its weight, is infinite.
+            yes = _unless_infinite(y_plus, yes)
+            no = _unless_infinite(y_minus, no)
+            if tile.pos_weight is not None:
+                yes = _unless_infinite(y_plus, tile.pos_weight.astype(yes.dtype)) * yes
+            return y_plus * yes + y_minus * no
 
         return self._weighted(jax.tree.map(mix, of_positive, of_negative), tile, keep)
 
@@ -155,8 +165,8 @@ class Task:
         if tile.where is not None:
             where = _comparable(tile.where)
             masks.append(where if where.dtype == jnp.bool_ else where != 0)
-        if self.ignore_label is not None:
-            masks.append(labels != self.ignore_label)
+        if self.ignore_label is not None and labels.dtype != jnp.bool_:
+            masks.append(labels != np.asarray(self.ignore_label).astype(labels.dtype)[()])
         if not masks:
             return x, labels, None
         keep = functools.reduce(jnp.logical_and, masks)
@@ -184,6 +194,29 @@ class Task:
 def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 for float64 logits."""
     return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)
+
+
+def _without_left_out(tile: Operands, keep: Array | None, chip: Arithmetic) -> Operands:
+    """Soft labels and weights with 0 where an element is left out, for JAX to differentiate with respect to them.
+
+    A NaN among them would go into the derivative of their product, whatever is selected after it.
+    """
+    if keep is None or not chip.differentiable:
+        return tile
+
+    factors = {name: getattr(tile, name) for name in ("labels", "weights", "pos_weight")}
+    return tile._replace(
+        **{
+            name: jnp.where(keep, array, jnp.zeros_like(array))
+            for name, array in factors.items()
+            if array is not None and jnp.issubdtype(array.dtype, jnp.floating)
+        }
+    )
+
+
+def _unless_infinite(share: Array, x: Array) -> Array:
+    """x, and 0 where it is infinite and has no share in the loss."""
+    return jnp.where(jnp.logical_and(share == 0.0, x == jnp.inf), 0.0, x)
 
 
 def _is_positive(labels: Array) -> Array:

@@ -21,6 +21,7 @@ from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
 
 LANES = 128
 SUBLANES = 8
+LARGEST_INT32 = 2**31 - 1
 _TPU_REGISTER = SUBLANES * LANES
 
 # What the TPU's vector unit has no registers for, and what XLA makes of it while the block is on its way in: by itself
@@ -81,6 +82,8 @@ _TRITON_WIDE_TILE = 2048, 8, 2112
 _TRITON_FURTHER_CHUNK = {2: 0.06, 4: 0.27}
 # 16 are for rows that have little more. 2^18 x 33 bf16 in chunks of 16, 32 and 64: 27, 38, 43.
 _TRITON_LEAST_CHUNK, _TRITON_LEAST_OF_FEW, _TRITON_FEW = 32, 16, 48
+# Losses that a GPU's lane adds up one after the other, before its sum is one of a span's: it bounds the rounding error.
+_LONGEST_SUM = 64
 _WARPGROUP = 128
 MOSAIC_GPU_CLASSES = _WARPGROUP
 # With 1024 elements in registers a thread has 93 of them.
@@ -130,6 +133,11 @@ class TpuTiling:
         return SUBLANES if self.turned else LANES
 
 
+def tpu_refines() -> bool:
+    """Whether the TPU's estimate of a reciprocal needs a Newton step: before v6e, and where the chip isn't known."""
+    return (tpu_generation() or 0) < 6
+
+
 def tpu_pays(rows: int, classes: int, labels: Form) -> bool:
     """Whether the kernel is worth its start: XLA's loop is faster on few registers, or where most rows are empty."""
     if labels != "dense":
@@ -167,7 +175,7 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     if task.is_soft(operands.labels.dtype):
         first, registers = _TPU_SOFT
     elif task.gradient:
-        first, registers = _TPU_GRADIENT if (tpu_generation() or 0) >= 6 else _TPU_GRADIENT_REFINED
+        first, registers = _TPU_GRADIENT_REFINED if tpu_refines() else _TPU_GRADIENT
     else:
         first, registers = _TPU_VALUE
     turned = task.labels == "dense" and tpu_turned(rows, classes)
@@ -266,7 +274,8 @@ def triton_tiling(rows: int, classes: int, logits_bytes: int, plain: bool) -> Tr
     chunk = min((least << n for n in range((elements // least).bit_length())), key=cost)
     block_rows = elements // chunk
     programs = math.ceil(rows / block_rows)
-    spans = min(math.ceil(classes / chunk), math.ceil(least_programs / programs))
+    chunks = math.ceil(classes / chunk)
+    spans = max(min(chunks, math.ceil(least_programs / programs)), math.ceil(chunks / _LONGEST_SUM))
     span = _round_up(math.ceil(classes / spans), chunk)
     return TritonTiling(block_rows, span, chunk, warps, stages=2)
 
@@ -288,9 +297,10 @@ def mosaic_gpu_tiling(rows: int, classes: int, logits_bytes: int, vectors: bool)
     """For rows of at least `MOSAIC_GPU_CLASSES`; with `vectors`, a thread's elements make 16 bytes where they can."""
     chunk = min((c for c in _MOSAIC_GPU_CHUNKS if c <= classes), key=lambda c: (_round_up(classes, c), -c))
     chunks = math.ceil(classes / chunk)
-    steps = math.ceil(chunks / min(chunks, math.ceil(_MOSAIC_GPU_PROGRAMS / rows)))
-    spans = math.ceil(chunks / steps)
     tile = min(chunk, _MOSAIC_GPU_TILE)
+    steps = math.ceil(chunks / min(chunks, math.ceil(_MOSAIC_GPU_PROGRAMS / rows)))
+    steps = min(steps, _LONGEST_SUM * tile // chunk)
+    spans = math.ceil(chunks / steps)
     vector = min(tile // _WARPGROUP, 16 // logits_bytes) if vectors else 1
     programs = min(rows * spans, max(_MOSAIC_GPU_PROGRAMS, rows * spans * steps // _MOSAIC_GPU_STEPS))
     return MosaicGpuTiling(programs, spans, steps, chunk, tile, vector, _MOSAIC_GPU_STAGES)

@@ -56,6 +56,7 @@ _GPU = Arithmetic(
     multiply_add=functools.partial(_instruction, "fma.rn.f32"),
     negate=lambda condition, x: jnp.where(condition, -x, x),
     factors=True,
+    differentiable=False,
 )
 
 # Elements that a thread has side by side: 16 bytes of bfloat16.
@@ -88,9 +89,11 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if task.gradient:
         outputs["gradient"] = result_like(operands.logits, (rows, classes), operands.logits.dtype)
 
+    # As many ids as classes, say, are no labels per element.
+    by_element = {"labels": task.labels == "dense", "value": task.value == "elements"}
+
     def lying(name, shape):
-        by_element = shape == (rows, classes) and (name != "value" or task.value == "elements")
-        return (rows * classes,) if flat and by_element else shape
+        return (rows * classes,) if flat and shape == (rows, classes) and by_element.get(name, True) else shape
 
     results = pl.pallas_call(
         functools.partial(_kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, whole, chip),
@@ -151,7 +154,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
     before: Any = 0
     if flat:
         row_start = (lax.broadcasted_iota(jnp.int32, (tiling.rows, 1), 0) + i * tiling.rows) * classes
-        vector = lax.div(row_start, _VECTOR)
+        vector = lax.div(row_start, jnp.int32(_VECTOR))
         before = row_start - vector * _VECTOR  # elements that the first chunk has of the row above
 
     if "scalars" in inputs:
@@ -176,7 +179,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
         if edge and flat:
             class_exists = jnp.logical_and(column >= 0, class_exists)
             # The same for all of a vector, of which one element at least is the row's.
-            vector_exists = lax.div(here, _VECTOR) <= lax.div(row_start + (classes - 1), _VECTOR)
+            vector_exists = lax.div(here, jnp.int32(_VECTOR)) <= lax.div(row_start + (classes - 1), jnp.int32(_VECTOR))
 
         def place(ref, stored):
             """Index and mask of the tile in an operand that may be constant along either dimension."""

@@ -11,11 +11,12 @@ from jax import Array, lax
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
+from asl_pallas.kernels.summation import sum_last, sum_over
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 
-CPU = Arithmetic(log=log, factors=True, from_the_logit=True)
+CPU = Arithmetic(log=log, factors=True, differentiable=False, from_the_logit=True)
 _UNPACKED = 1024  # classes
 
 
@@ -24,7 +25,7 @@ def run(task: Task, operands: Operands, chip: Arithmetic = EXACT) -> Result:
     operands = operands._replace(labels=positives(task.labels, operands.labels, operands.logits.shape[-1]))
     value, gradient = task.bind(operands.scalars).evaluate(operands, chip=chip)
     if task.value == "rows":
-        value = jnp.sum(value, axis=-1)
+        value = sum_over(value, (value.ndim - 1,))
     if task.gradient:
         gradient = gradient.astype(operands.logits.dtype)
     return Result(value, gradient)
@@ -122,20 +123,18 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             if classes % tiling.classes:
                 value = jnp.where(at_class + column >= j * tiling.classes, value, 0.0)
             added = added + value
-        # As a product, since a sum over the last dimension would be neither vectorised nor shared by the cores.
-        added = jnp.dot(added, jnp.ones(width, dtype), precision=lax.Precision.HIGHEST)
-        before = jnp.where(j == 0, 0.0, lax.dynamic_slice(result, (row,), (tiling.rows,)))
-        return lax.dynamic_update_slice(result, before + added, (row,))
+        return lax.dynamic_update_slice(result, sum_last(added)[:, None], (row, j))
+
+    columns = math.ceil(classes / tiling.classes)
 
     def blocks_of_rows(i: Array, result: Array) -> Array:
-        columns = -(-classes // tiling.classes)
         if columns == 1:
             return block(i, jnp.zeros_like(i), result)
         return lax.fori_loop(0, columns, lambda j, result: block(i, j, result), result)
 
-    start = jnp.zeros((rows,) if sums else (rows, classes), dtype)
-    result = lax.fori_loop(0, -(-rows // tiling.rows), blocks_of_rows, start)
-    return task.losses(result, chip) if sums else result
+    start = jnp.zeros((rows, columns if sums else classes), dtype)
+    result = lax.fori_loop(0, math.ceil(rows / tiling.rows), blocks_of_rows, start)
+    return task.losses(sum_last(result), chip) if sums else result
 
 
 def _unpacked(words: Array, classes: int) -> Array:

@@ -1,0 +1,123 @@
+"""Whatever switch of JAX a user debugs with, every call goes through and says the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss
+
+ROWS, CLASSES, DEPTH = 6, 20, 5
+RANDOM = np.random.default_rng(0)
+LOGITS = RANDOM.normal(0, 3, (ROWS, CLASSES)).astype(np.float32)
+LABELS = (RANDOM.random((ROWS, CLASSES)) < 0.3).astype(np.int8)
+FEATURES, KERNEL = (RANDOM.normal(0, 1, s).astype(np.float32) for s in ((ROWS, DEPTH), (DEPTH, CLASSES)))
+BIAS, WEIGHTS, POS_WEIGHT = (RANDOM.random(s).astype(np.float32) for s in (CLASSES, (ROWS, 1), CLASSES))
+WHERE = RANDOM.random((ROWS, CLASSES)) < 0.8
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "bool": lambda y: jnp.asarray(y, bool),
+    "int8": jnp.asarray,
+    "soft": lambda y: jnp.asarray(y * 0.75, jnp.float32),
+    "packed": lambda y: jax.tree.map(jnp.asarray, PackedLabels.from_dense(y)),
+    "sparse": lambda y: jax.tree.map(jnp.asarray, SparseLabels.from_dense(y)),
+}
+
+
+def loss(x: Any, y: Any, arrays: dict[str, Any], gamma: Any) -> Any:
+    return asymmetric_loss(x, y, gamma_neg=gamma, **arrays).sum()
+
+
+def losses_per_element(x: Any, y: Any, arrays: dict[str, Any], gamma: Any) -> Any:
+    return asymmetric_loss(x, y, axis=(), gamma_neg=gamma, **arrays).sum()
+
+
+def losses_per_class(x: Any, y: Any, arrays: dict[str, Any], gamma: Any) -> Any:
+    return asymmetric_loss(x, y, axis=0, gamma_neg=gamma, **arrays).sum()
+
+
+def head(x: Any, y: Any, arrays: dict[str, Any], gamma: Any) -> Any:
+    features, kernel, bias = x
+    return linear_asymmetric_loss(features, kernel, y, bias=bias, chunk_size=8, gamma_neg=gamma, **arrays).sum()
+
+
+def head_total(x: Any, y: Any, arrays: dict[str, Any], gamma: Any) -> Any:
+    features, kernel, bias = x
+    return linear_asymmetric_loss(features, kernel, y, bias=bias, axis=None, gamma_neg=gamma, **arrays)
+
+
+OF_LOGITS = (loss, losses_per_element, losses_per_class)
+FUNCTIONS = (*OF_LOGITS, head, head_total)
+
+
+def arguments(function: Any, form: str) -> tuple[Any, ...]:
+    """On the device, and there before any switch is set."""
+    x: Any = jnp.asarray(LOGITS) if function in OF_LOGITS else tuple(map(jnp.asarray, (FEATURES, KERNEL, BIAS)))
+    arrays = {"where": jnp.asarray(WHERE), "weights": jnp.asarray(WEIGHTS), "pos_weight": jnp.asarray(POS_WEIGHT)}
+    return x, FORMS[form](LABELS), arrays, jnp.float32(3)
+
+
+def results(function: Any, form: str, jit: bool, *given: Any) -> Any:
+    """Value and gradient, and the gradient of what else has one."""
+    step = jax.value_and_grad(function, argnums=0)
+    of_weights = jax.grad(lambda arrays, x, y, where, gamma: function(x, y, arrays | {"where": where}, gamma))
+    x, y, arrays, gamma = given
+
+    def both(x: Any, y: Any, arrays: Any, gamma: Any) -> Any:
+        weights = {name: arrays[name] for name in ("weights", "pos_weight")}
+        return step(x, y, arrays, gamma), of_weights(weights, x, y, arrays["where"], gamma)
+
+    return (jax.jit(both) if jit else both)(x, y, arrays, gamma)
+
+
+@contextlib.contextmanager
+def setting(name: str, value: Any) -> Iterator[None]:
+    before = jax.config.read(name)
+    jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+SWITCHES: dict[str, Callable[[], Any]] = {
+    "disable_jit": jax.disable_jit,
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "checking_leaks": jax.checking_leaks,
+    "log_compiles": jax.log_compiles,
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "enable_checks": lambda: setting("jax_enable_checks", True),
+    "strict dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "x64": lambda: jax.enable_x64(True),
+    "traceback filtering": lambda: setting("jax_traceback_filtering", "off"),
+    "no traceback in locations": lambda: setting("jax_include_full_tracebacks_in_locations", False),
+}
+
+
+CASES = [
+    *((loss, form) for form in FORMS),
+    *((function, "int8") for function in (losses_per_element, losses_per_class, head_total)),
+    *((head, "sparse"), (head_total, "packed"), (head, "soft")),
+]
+
+
+@pytest.mark.parametrize(("function", "form"), CASES)
+@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.filterwarnings("ignore:.*Finished tracing.*")
+def test_a_debugging_switch_changes_no_result(function, form, switch):
+    given = arguments(function, form)
+    expected = results(function, form, True, *given)
+    jits = (False,) if switch == "disable_jit" else (False, True)
+    for jit in jits:
+        with SWITCHES[switch]():
+            found = jax.block_until_ready(results(function, form, jit, *given))
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert ours.dtype == theirs.dtype
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
