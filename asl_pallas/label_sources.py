@@ -55,7 +55,7 @@ def refuse_other_forms(name: str, x: Any) -> None:
     That is a sparse matrix of SciPy or JAX, lists of ids of unequal lengths, and labels that are encoded already.
     """
     kind = type(x).__name__
-    if hasattr(x, "classes") and hasattr(x, "to_dense"):
+    if _encoded(x):
         raise TypeError(f"{name}: {kind} are encoded labels already; call their to_packed(), to_sparse() or to_dense()")
     if hasattr(x, "tocsr"):
         read = "" if getattr(x, "format", None) == "csr" else ".tocsr()"
@@ -63,12 +63,22 @@ def refuse_other_forms(name: str, x: Any) -> None:
     if hasattr(x, "todense") and type(x).__module__.startswith("jax."):
         read = "matrix" if kind == "BCSR" else "jax.experimental.sparse.BCSR.from_bcoo(matrix)"
         raise TypeError(f"{name}: JAX's {kind} is no array; SparseLabels.from_csr({read}) takes it")
-    ragged = isinstance(x, (list, tuple)) and len({len(each) for each in x if hasattr(each, "__len__")}) > 1
-    if ragged or getattr(x, "dtype", None) == np.object_:
+    rows: Any = x if isinstance(x, (list, tuple)) else ()
+    if rows and _encoded(rows[0]):
+        of = type(rows[0]).__name__
+        raise TypeError(
+            f"{name}: a {kind} of {of} is no array; {of}.stack(parts) and {of}.concatenate(parts) join them"
+        )
+    lengths = {len(row) for row in rows if isinstance(row, (list, tuple)) or getattr(row, "ndim", 0)}
+    if len(lengths) > 1 or getattr(x, "dtype", None) == np.object_:
         raise TypeError(
             f"{name}: rows of unequal lengths are no array; where they list the ids of the positives, "
             "SparseLabels.from_ids(lists, classes) takes them"
         )
+
+
+def _encoded(x: Any) -> bool:
+    return hasattr(x, "classes") and hasattr(x, "to_dense")
 
 
 def check_classes(classes: Any) -> int:
