@@ -69,7 +69,7 @@ def refuse_other_forms(name: str, x: Any) -> None:
         raise TypeError(
             f"{name}: a {kind} of {of} is no array; {of}.stack(parts) and {of}.concatenate(parts) join them"
         )
-    lengths = {len(row) for row in rows if isinstance(row, (list, tuple)) or getattr(row, "ndim", 0)}
+    lengths = {len(row) for row in rows if isinstance(row, (list, tuple)) or bool(getattr(row, "ndim", 0))}
     if len(lengths) > 1 or getattr(x, "dtype", None) == np.object_:
         raise TypeError(
             f"{name}: rows of unequal lengths are no array; where they list the ids of the positives, "
