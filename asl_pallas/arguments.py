@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec
 from asl_pallas import kernels
 from asl_pallas.formula import TRACED
 from asl_pallas.kernels.tile import Form
+from asl_pallas.label_sources import refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -141,11 +142,15 @@ def check_labels(
         if isinstance(labels, PackedLabels):
             return "packed", jnp.asarray(labels.checked().words)
         return "sparse", jnp.asarray(labels.checked().ids)
+    refuse_other_forms("labels", labels)
+    labels, where = unwrap(labels), unwrap(where)
     array = _array("labels", labels)
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
     if array.shape != logits.shape:
-        raise ValueError(f"labels have shape {array.shape}; expected the logits' shape {logits.shape}")
+        ids = jnp.issubdtype(array.dtype, jnp.integer) and array.shape[:-1] == logits.shape[:-1]
+        besides = "; ids of the positives go in as SparseLabels(ids, classes)" if ids else ""
+        raise ValueError(f"labels have shape {array.shape}; expected the logits' shape {logits.shape}{besides}")
     if ignore_label is not None and jnp.issubdtype(array.dtype, jnp.integer):
         held = jnp.iinfo(array.dtype)
         if not held.min <= ignore_label <= held.max:

@@ -5,6 +5,9 @@ of word l is class 128 j + l of the group. A register of 128 neighbouring classe
 from its group's words, and no lane moves.
 
 Whole arrays are for XLA; what is called a tile is for the kernels, which decode no label otherwise.
+
+Nothing here leans on JAX to promote a dtype or a rank, so that all of it runs where JAX is told not to. The constants
+are 32 bits wide where JAX counts in 64, too.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 LANES = 128
@@ -25,13 +29,18 @@ PADDING = -1
 
 @functools.partial(jax.jit, inline=True)
 def pack(dense: Array) -> Array:
-    """(..., words) uint32 from (..., classes), bool."""
+    """(..., words) uint32 from (..., classes), bool or integers, of which those above 0 are positive."""
     *leading, classes = dense.shape
     needed = words_for(classes)
-    bits = jnp.pad(dense, [(0, 0)] * len(leading) + [(0, needed * BITS - classes)])
+    fill = [(0, 0)] * len(leading) + [(0, needed * BITS - classes)]
+    bits = jnp.pad(_positive(dense), fill, constant_values=np.bool_(False))
     by_bit = bits.reshape(*leading, needed // LANES, BITS, LANES).astype(jnp.uint32)
-    by_bit = by_bit << lax.broadcasted_iota(jnp.uint32, (BITS, LANES), 0)
+    by_bit = by_bit << _numbers(by_bit.ndim, BITS)
     return jnp.sum(by_bit, axis=-2, dtype=jnp.uint32).reshape(*leading, needed)
+
+
+def _positive(dense: Array) -> Array:
+    return dense if dense.dtype == jnp.bool_ else dense > 0
 
 
 def words_for(classes: int) -> int:
@@ -50,8 +59,13 @@ def unpack(words: Array, classes: int) -> Array:
 def unpack_bits(groups: Array, first: Array | int, bits: int) -> Array:
     """Bool (..., 128 bits) from the (..., 128) words of groups: what `bits` bits from `first` on say."""
     *leading, lanes = groups.shape
-    shifts = lax.broadcasted_iota(jnp.uint32, (bits, lanes), 0) + jnp.asarray(first).astype(jnp.uint32)
-    return ((groups[..., None, :] >> shifts) & jnp.uint32(1) != 0).reshape(*leading, bits * lanes)
+    shifts = _numbers(groups.ndim + 1, bits) + jnp.asarray(first).astype(jnp.uint32)
+    return ((groups[..., None, :] >> shifts) & np.uint32(1) != 0).reshape(*leading, bits * lanes)
+
+
+def _numbers(ndim: int, bits: int) -> Array:
+    """The number of every bit, uint32, along the second last of `ndim` dimensions."""
+    return lax.broadcasted_iota(jnp.uint32, (1,) * (ndim - 2) + (bits, LANES), ndim - 2)
 
 
 @functools.partial(jax.jit, static_argnums=1, inline=True)
@@ -63,8 +77,9 @@ def pack_ids(ids: Array, classes: int) -> Array:
     flat = jnp.sort(ids.reshape(math.prod(leading), k), axis=-1)
     fresh = jnp.concatenate([jnp.ones_like(flat[:, :1], bool), flat[:, 1:] != flat[:, :-1]], axis=-1)[:, :k]
     keep = fresh & (flat >= 0) & (flat < classes)
-    word = jnp.where(keep, flat // GROUP * LANES + flat % LANES, needed)
-    bit = jnp.uint32(1) << (flat // LANES % BITS).astype(jnp.uint32)
+    word, bit = word_and_bit(flat)
+    word = jnp.where(keep, word, np.int32(needed))
+    bit = jnp.uint32(1) << bit.astype(jnp.uint32)
 
     def row(word: Array, bit: Array) -> Array:
         return jnp.zeros(needed, jnp.uint32).at[word].add(bit, mode="drop")
@@ -72,6 +87,23 @@ def pack_ids(ids: Array, classes: int) -> Array:
     return jax.vmap(row)(word, bit).reshape(*leading, needed)
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def find_ids(dense: Array, k: int) -> Array:
+    """(..., k) int32, the ids of the first k positives of (..., classes), ascending; by a sort of every row."""
+    classes = dense.shape[-1]
+    numbers = lax.broadcasted_iota(jnp.int32, dense.shape, dense.ndim - 1)
+    ids = jnp.sort(jnp.where(_positive(dense), numbers, np.int32(classes)), axis=-1)[..., :k]
+    return pad_ids(jnp.where(ids < classes, ids, np.int32(PADDING)), k)
+
+
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def pad_ids(ids: Array, k: int) -> Array:
+    """(..., k) from fewer ids a row."""
+    fill = [(0, 0)] * (ids.ndim - 1) + [(0, k - ids.shape[-1])]
+    return jnp.pad(ids, fill, constant_values=ids.dtype.type(PADDING))
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
 def cut(words: Array, first: Array | int, classes: int) -> Array:
     """The words of `classes` classes from class `first` on, which need be no multiple of anything.
 
@@ -81,19 +113,21 @@ def cut(words: Array, first: Array | int, classes: int) -> Array:
     """
     *leading, held = words.shape
     groups = words_for(classes) // LANES
-    blocks, lanes = jnp.divmod(jnp.asarray(first, jnp.int32), LANES)
-    group, bits = jnp.divmod(blocks, BITS)
+    first = jnp.asarray(first, jnp.int32)
+    group, bits, lanes = first >> 12, (first >> 7) & (BITS - 1), first & (LANES - 1)
     fill = [(0, 0)] * len(leading) + [(0, 2), (0, 0)]
-    by_group = jnp.pad(words.reshape(*leading, held // LANES, LANES), fill)
+    by_group = jnp.pad(words.reshape(*leading, held // LANES, LANES), fill, constant_values=np.uint32(0))
     axis = len(leading)
     here, after = (
         jnp.roll(lax.dynamic_slice_in_dim(by_group, group + k, groups, axis), -lanes, axis=-1) for k in (0, 1)
     )
     # Class 128 b + l of the cut is class 128 (b + bits) + l + lanes of what is here: where l + lanes passes 128, one
     # bit more. A shift by 32 bits has no meaning.
-    shift = jnp.where(lax.iota(jnp.int32, LANES) + lanes >= LANES, bits + 1, bits).astype(jnp.uint32)
-    low = jnp.where(shift < BITS, here >> jnp.minimum(shift, BITS - 1), 0)
-    high = jnp.where(shift > 0, after << jnp.minimum(BITS - shift, BITS - 1), 0)
+    at_lane = lax.broadcasted_iota(jnp.int32, (1,) * (here.ndim - 1) + (LANES,), here.ndim - 1)
+    shift = jnp.where(at_lane + lanes >= LANES, bits + 1, bits).astype(jnp.uint32)
+    none, most = np.uint32(0), np.uint32(BITS - 1)
+    low = jnp.where(shift < BITS, here >> jnp.minimum(shift, most), none)
+    high = jnp.where(shift > 0, after << jnp.minimum(BITS - shift, most), none)
     return (low | high).reshape(*leading, groups * LANES)
 
 
@@ -116,12 +150,12 @@ def pack_tile(words: Array, ids: Array, first: Array, classes: int) -> Array:
     """
     local = ids - first
     inside = (local >= 0) & (local < classes)
-    bit = jnp.where(inside, lax.shift_left(jnp.int32(1), (local >> 7) & (BITS - 1)), 0)
+    bit = jnp.where(inside, lax.shift_left(jnp.int32(1), (local >> 7) & (BITS - 1)), np.int32(0))
     word = local & (LANES - 1)
     shape = words.shape
     numbers = lax.broadcasted_iota(jnp.int32, shape, 0)
     for t in range(ids.shape[0]):
-        words |= jnp.where(numbers == word[t : t + 1], jnp.broadcast_to(bit[t : t + 1], shape), 0)
+        words |= jnp.where(numbers == word[t : t + 1], jnp.broadcast_to(bit[t : t + 1], shape), np.int32(0))
     return words
 
 
@@ -136,7 +170,7 @@ def byte_tile(ids: Array, classes: int) -> Array:
     On a GPU eight neighbouring classes are one thread's, so that bytes become labels without leaving it.
     """
     numbers = lax.broadcasted_iota(jnp.int32, (1, classes // 8), 1)
-    return jnp.where(numbers == ids >> 3, lax.shift_left(jnp.int32(1), ids & 7), 0)
+    return jnp.where(numbers == ids >> 3, lax.shift_left(jnp.int32(1), ids & 7), np.int32(0))
 
 
 def unpack_bytes(bits: Array) -> Array:

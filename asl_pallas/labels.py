@@ -9,107 +9,39 @@ asl_pallas/bits.py tells how the bits lie.
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from numpy.typing import NDArray
 
-from asl_pallas.bits import BITS, GROUP, LANES, PADDING, pack, pack_ids, unpack, words_for
+from asl_pallas.bits import BITS, GROUP, LANES, PADDING, find_ids, pack, pack_ids, pad_ids, unpack, words_for
+from asl_pallas.label_base import EncodedLabels
+from asl_pallas.label_sources import (
+    CsrMatrix,
+    as_array,
+    check_classes,
+    check_ids,
+    check_k,
+    flatten,
+    holds_lists,
+    is_traced,
+    packed_words,
+    padded_ids,
+    read_csr,
+    read_dense,
+    refuse_other_forms,
+)
 
 Ids = Sequence[Iterable[int]] | NDArray[np.integer] | Array
-_Self = TypeVar("_Self", bound="_Labels")
-
-
-class CsrMatrix(Protocol):
-    """What is asked of a scipy.sparse.csr_array or csr_matrix, so that SciPy need not be there."""
-
-    shape: tuple[int, ...]
-    indptr: NDArray[Any]
-    indices: NDArray[Any]
-    data: NDArray[Any]
-
-
-class _Labels:
-    """What both forms share: one array whose leading dimensions are the labels', and a static class count."""
-
-    _array_name: str
-    classes: int
-
-    def __init__(self, array: Any, classes: int):
-        self.classes = check_classes(classes)
-        setattr(self, self._array_name, self._checked(array))
-
-    def _checked(self, array: Any) -> Any:
-        raise NotImplementedError
-
-    @property
-    def _array(self) -> Any:
-        return getattr(self, self._array_name)
-
-    def _with(self: _Self, array: Any) -> _Self:
-        """The same with another array, unchecked."""
-        return self.tree_unflatten(self.classes, (array,))
-
-    def checked(self: _Self) -> _Self:
-        """Itself, with every check of the constructor: one that comes out of a pytree hasn't been looked at."""
-        return type(self)(self._array, self.classes)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(..., classes), as a dense array's."""
-        return (*self._array.shape[:-1], self.classes)
-
-    @property
-    def ndim(self) -> int:
-        return len(self._array.shape)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """bool, as a dense array's."""
-        return np.dtype(bool)
-
-    def __len__(self) -> int:
-        if self.ndim < 2:
-            raise TypeError(f"{type(self).__name__} of shape {self.shape} has no leading dimension")
-        return self._array.shape[0]
-
-    def __getitem__(self: _Self, index: Any) -> _Self:
-        """Some of the examples, `labels[2:5]` or `labels[permutation]`; the classes stay whole."""
-        index = index if isinstance(index, tuple) else (index,)
-        if any(entry is Ellipsis for entry in index):
-            raise IndexError(f"{type(self).__name__} take an index of their leading dimensions alone, so no ...")
-        return self._with(self._array[(*index, Ellipsis, slice(None))])
-
-    def __repr__(self) -> str:
-        array = self._array
-        held = f"{array.dtype}{list(array.shape)}" if hasattr(array, "dtype") else repr(array)
-        return f"{type(self).__name__}({self._array_name}={held}, classes={self.classes})"
-
-    def tree_flatten_with_keys(self) -> tuple[Any, int]:
-        return ((jax.tree_util.GetAttrKey(self._array_name), self._array),), self.classes
-
-    def tree_flatten(self) -> tuple[Any, int]:
-        return (self._array,), self.classes
-
-    @classmethod
-    def tree_unflatten(cls: type[_Self], classes: int, children: Any) -> _Self:
-        """Without a check: JAX puts more than arrays into a pytree."""
-        made = object.__new__(cls)
-        made.classes = classes
-        setattr(made, cls._array_name, children[0])
-        return made
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class PackedLabels(_Labels):
+class PackedLabels(EncodedLabels):
     """Hard labels of one bit each, an eighth of int8's memory and traffic.
 
     Args:
@@ -130,9 +62,12 @@ class PackedLabels(_Labels):
         super().__init__(words, classes)
 
     def _checked(self, words: Any) -> Any:
-        words = words if hasattr(words, "dtype") else np.asarray(words)
+        refuse_other_forms("words", words)
+        words = as_array(words)
+        if isinstance(words, np.ndarray) and words.dtype.newbyteorder("=") == np.uint32:
+            words = words.astype(np.uint32, copy=False)  # JAX takes no other order of bytes
         if words.dtype != np.uint32:
-            raise TypeError(f"words have dtype {words.dtype}; expected uint32")
+            raise TypeError(f"words have dtype {words.dtype}; expected uint32: from_dense takes dense labels")
         needed = words_for(self.classes)
         if not words.shape or words.shape[-1] != needed:
             raise ValueError(
@@ -151,7 +86,7 @@ class PackedLabels(_Labels):
           TypeError: another dtype. A float may be a soft label, which no bit holds.
           ValueError: concrete NumPy labels beside 0 and 1. Those of JAX aren't fetched to be looked at: above 0 is 1.
         """
-        dense = _dense(labels)
+        dense = read_dense(labels)
         if isinstance(dense, jax.Array):
             return cls(pack(dense), dense.shape[-1])
         *leading, classes = dense.shape
@@ -165,26 +100,31 @@ class PackedLabels(_Labels):
     @classmethod
     def from_ids(cls, ids: Ids, classes: int) -> PackedLabels:
         """From the ids of the positives, as `SparseLabels.from_ids` takes them."""
-        if isinstance(ids, (np.ndarray, jax.Array)):
+        if not holds_lists(ids):
             return SparseLabels(ids, classes).to_packed()
-        rows, flat, counts = _flatten(ids)
-        return _packed_pairs(rows, _check_ids(flat, check_classes(classes), padding=False), (len(counts),), classes)
+        rows, flat, counts = flatten(ids)
+        flat = check_ids(flat, check_classes(classes), padding=False)
+        return cls(packed_words(rows, flat, (len(counts),), classes), classes)
 
     @classmethod
     def from_csr(cls, matrix: CsrMatrix) -> PackedLabels:
         """From a SciPy CSR matrix or array (examples, classes), as `SparseLabels.from_csr` takes it."""
-        counts, flat = _read_csr(matrix)
+        counts, flat = read_csr(matrix)
         rows = np.repeat(np.arange(len(counts)), counts)
-        return _packed_pairs(rows, flat, (len(counts),), int(matrix.shape[1]))
+        classes = int(matrix.shape[1])
+        return cls(packed_words(rows, flat, (len(counts),), classes), classes)
 
     def to_dense(self) -> Any:
         """(..., classes), bool: NumPy from NumPy, JAX from JAX."""
-        if isinstance(self.words, np.ndarray):
-            *leading, needed = self.words.shape
-            by_byte = self.words.astype("<u4").view(np.uint8).reshape(*leading, needed // LANES, LANES, 4)
+        words = self._array
+        if isinstance(words, np.ndarray):
+            *leading, needed = words.shape
+            # Of any memory order and byte order: bytes can be viewed where the words of a row are neighbours.
+            little = np.ascontiguousarray(words, "<u4")
+            by_byte = little.view(np.uint8).reshape(*leading, needed // LANES, LANES, 4)
             bits = np.unpackbits(np.swapaxes(by_byte, -1, -2), axis=-2, bitorder="little")
             return bits.view(bool).reshape(*leading, needed * BITS)[..., : self.classes]
-        return unpack(self.words, self.classes)
+        return unpack(words, self.classes)
 
     def to_sparse(self, k: int | None = None) -> SparseLabels:
         """The same labels as ascending ids.
@@ -192,9 +132,10 @@ class PackedLabels(_Labels):
         Args:
           k: ids a row, as in `SparseLabels.from_dense`.
         """
-        if _is_traced(self.words):
+        held = self._array
+        if is_traced(held):
             return SparseLabels.from_dense(self.to_dense(), k)
-        words = np.asarray(self.words)
+        words = jax.device_get(held)
         wide = words.reshape(math.prod(words.shape[:-1]), words.shape[-1])
         at_rows, at_words = np.nonzero(wide)
         which, bits = np.nonzero((wide[at_rows, at_words][:, None] >> np.arange(BITS, dtype=np.uint32)) & np.uint32(1))
@@ -203,13 +144,41 @@ class PackedLabels(_Labels):
         inside = ids < self.classes
         rows, ids = rows[inside], ids[inside]
         order = np.lexsort((ids, rows))
-        found = _padded_ids(rows[order], ids[order], np.bincount(rows, minlength=len(wide)), k)
+        found = padded_ids(rows[order], ids[order], np.bincount(rows, minlength=len(wide)), k)
         found = found.reshape(*words.shape[:-1], found.shape[-1])
-        return SparseLabels._made(found if isinstance(self.words, np.ndarray) else jnp.asarray(found), self.classes)
+        return SparseLabels._made(found if held is words else jax.device_put(found), self.classes)
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[PackedLabels], axis: int = 0) -> PackedLabels:
+        """Several as one, along a leading dimension, as `np.concatenate` joins arrays.
+
+        Args:
+          parts: one or more, of the same classes. NumPy's stay on the host; with one of JAX the result is JAX's.
+          axis: any but the last, that of the classes.
+
+        Raises:
+          TypeError, ValueError: no sequence of `PackedLabels`; parts of other classes or shapes; the classes' axis.
+        """
+        parts, axis = cls._parts(parts, axis, new=False)
+        return cls._join(parts, [part._array for part in parts], axis, new=False)
+
+    @classmethod
+    def stack(cls, parts: Iterable[PackedLabels], axis: int = 0) -> PackedLabels:
+        """Several of one shape as one with a new leading dimension, as `np.stack` joins arrays.
+
+        A loader makes a batch of examples (features, labels) so: torch's `DataLoader(dataset, collate_fn=collate)` with
+
+            collate = lambda batch: (np.stack([x for x, _ in batch]), PackedLabels.stack([y for _, y in batch]))
+
+        Args, Raises:
+          as in `concatenate`.
+        """
+        parts, axis = cls._parts(parts, axis, new=True)
+        return cls._join(parts, [part._array for part in parts], axis, new=True)
 
 
 @jax.tree_util.register_pytree_with_keys_class
-class SparseLabels(_Labels):
+class SparseLabels(EncodedLabels):
     """Hard labels as the ids of the positive classes, four bytes a positive.
 
     Args:
@@ -231,10 +200,11 @@ class SparseLabels(_Labels):
         super().__init__(ids, classes)
 
     def _checked(self, ids: Any) -> Any:
-        ids = ids if hasattr(ids, "dtype") else np.asarray(ids)
+        refuse_other_forms("ids", ids)
+        ids = as_array(ids)
         if not ids.shape:
             raise ValueError("ids are a scalar; expected shape (..., k)")
-        return _check_ids(ids, self.classes, padding=True)
+        return check_ids(ids, self.classes, padding=True)
 
     @classmethod
     def _made(cls, ids: Any, classes: int) -> SparseLabels:
@@ -254,22 +224,17 @@ class SparseLabels(_Labels):
           TypeError: labels of another dtype; traced labels without k.
           ValueError: concrete labels with more than k positives in a row. Of traced ones the first k stay.
         """
-        dense = _dense(labels)
+        dense = read_dense(labels)
         *leading, classes = dense.shape
-        if _is_traced(dense):
+        if is_traced(dense):
             if k is None:
                 raise TypeError("traced labels have an unknown number of positives; k=None needs concrete ones")
-            at_most = min(_check_k(k), classes)
-            found = jnp.where(dense > 0, lax.broadcasted_iota(jnp.int32, dense.shape, dense.ndim - 1), classes)
-            found = jnp.sort(found, axis=-1)[..., :at_most]
-            found = jnp.where(found < classes, found, PADDING)
-            fill = [(0, 0)] * len(leading) + [(0, k - at_most)]
-            return cls._made(jnp.pad(found, fill, constant_values=PADDING), classes)
-        host = np.asarray(dense) > 0
-        rows, ids = np.nonzero(host.reshape(math.prod(leading), classes))
-        padded = _padded_ids(rows, ids, np.bincount(rows, minlength=math.prod(leading)), k)
+            return cls._made(find_ids(dense, check_k(k)), classes)
+        host = jax.device_get(dense)
+        rows, ids = np.nonzero(host.reshape(math.prod(leading), classes) > 0)
+        padded = padded_ids(rows, ids, np.bincount(rows, minlength=math.prod(leading)), k)
         padded = padded.reshape(*leading, padded.shape[-1])
-        return cls._made(jnp.asarray(padded) if isinstance(dense, jax.Array) else padded, classes)
+        return cls._made(padded if host is dense else jax.device_put(padded), classes)
 
     @classmethod
     def from_ids(cls, ids: Ids, classes: int, k: int | None = None) -> SparseLabels:
@@ -284,17 +249,23 @@ class SparseLabels(_Labels):
           TypeError: ids that are no integers.
           ValueError: an id that is no class; more than k in a list.
         """
-        if isinstance(ids, (np.ndarray, jax.Array)) and ids.dtype != object:
+        if not holds_lists(ids):
             made = cls(ids, classes)
-            if k is None or k == made.ids.shape[-1]:
-                return made
-            if k < made.ids.shape[-1]:
-                raise ValueError(f"ids have shape {tuple(made.ids.shape)}; expected at most k={k} in a row")
-            fill = [(0, 0)] * (made.ndim - 1) + [(0, _check_k(k) - made.ids.shape[-1])]
-            module: Any = np if isinstance(made.ids, np.ndarray) else jnp
-            return made._with(module.pad(made.ids, fill, constant_values=PADDING))
-        rows, flat, counts = _flatten(ids)
-        return cls._made(_padded_ids(rows, _check_ids(flat, check_classes(classes), padding=False), counts, k), classes)
+            return made._with(made._padded_to(k))
+        rows, flat, counts = flatten(ids)
+        return cls._made(padded_ids(rows, check_ids(flat, check_classes(classes), padding=False), counts, k), classes)
+
+    def _padded_to(self, k: int | None) -> Any:
+        """The ids, k a row."""
+        ids = self._array
+        if k is None or check_k(k) == ids.shape[-1]:
+            return ids
+        if k < ids.shape[-1]:
+            raise ValueError(f"ids have shape {tuple(ids.shape)}; expected at most k={k} in a row")
+        if isinstance(ids, np.ndarray):
+            fill = [(0, 0)] * (ids.ndim - 1) + [(0, k - ids.shape[-1])]
+            return np.pad(ids, fill, constant_values=PADDING)
+        return pad_ids(ids, k)
 
     @classmethod
     def from_csr(cls, matrix: CsrMatrix, k: int | None = None) -> SparseLabels:
@@ -308,13 +279,13 @@ class SparseLabels(_Labels):
           TypeError: another sparse format.
           ValueError: a value beside 0 and 1; an id that is no class; more than k positives in a row.
         """
-        counts, flat = _read_csr(matrix)
+        counts, flat = read_csr(matrix)
         rows = np.repeat(np.arange(len(counts)), counts)
-        return cls._made(_padded_ids(rows, flat, counts, k), int(matrix.shape[1]))
+        return cls._made(padded_ids(rows, flat, counts, k), int(matrix.shape[1]))
 
     def to_dense(self) -> Any:
         """(..., classes), bool: NumPy from NumPy, JAX from JAX."""
-        if isinstance(self.ids, np.ndarray):
+        if isinstance(self._array, np.ndarray):
             rows, ids, leading = self._pairs()
             dense = np.zeros((math.prod(leading), self.classes), bool)
             dense[rows, ids] = True
@@ -323,17 +294,56 @@ class SparseLabels(_Labels):
 
     def to_packed(self) -> PackedLabels:
         """The same labels as bits: NumPy from NumPy, JAX from JAX."""
-        if isinstance(self.ids, np.ndarray):
+        if isinstance(self._array, np.ndarray):
             rows, ids, leading = self._pairs()
-            return _packed_pairs(rows, ids, leading, self.classes)
-        return PackedLabels(pack_ids(self.ids, self.classes), self.classes)
+            return PackedLabels(packed_words(rows, ids, leading, self.classes), self.classes)
+        return PackedLabels(pack_ids(self._array, self.classes), self.classes)
+
+    @classmethod
+    def concatenate(cls, parts: Iterable[SparseLabels], axis: int = 0, k: int | None = None) -> SparseLabels:
+        """Several as one, along a leading dimension, as `np.concatenate` joins arrays.
+
+        Args:
+          parts: one or more, of the same classes and any numbers of ids a row, which are padded. NumPy's stay on the
+            host; with one of JAX the result is JAX's.
+          axis: any but the last, that of the classes.
+          k: ids a row, so that every batch has one shape; None for as many as the longest part has.
+
+        Raises:
+          TypeError, ValueError: no sequence of `SparseLabels`; parts of other classes or shapes; the classes' axis; a
+            part with more than k ids a row.
+        """
+        parts, axis = cls._parts(parts, axis, new=False)
+        return cls._join(parts, _padded_alike(parts, k), axis, new=False)
+
+    @classmethod
+    def stack(cls, parts: Iterable[SparseLabels], axis: int = 0, k: int | None = None) -> SparseLabels:
+        """Several of one shape as one with a new leading dimension, as `np.stack` joins arrays.
+
+        A loader makes a batch of examples (features, labels) so: torch's `DataLoader(dataset, collate_fn=collate)` with
+
+            collate = lambda batch: (np.stack([x for x, _ in batch]), SparseLabels.stack([y for _, y in batch], k=20))
+
+        A loader that stacks the arrays in a pytree, as Grain's does, needs as many ids in every example: pass k where
+        those are made.
+
+        Args, Raises:
+          as in `concatenate`.
+        """
+        parts, axis = cls._parts(parts, axis, new=True)
+        return cls._join(parts, _padded_alike(parts, k), axis, new=True)
 
     def _pairs(self) -> tuple[NDArray[Any], NDArray[Any], tuple[int, ...]]:
         """Row and class of every positive, on the host."""
-        *leading, k = self.ids.shape
-        wide = self.ids.reshape(math.prod(leading), k)
+        *leading, k = self._array.shape
+        wide = self._array.reshape(math.prod(leading), k)
         rows, columns = np.nonzero((wide >= 0) & (wide < self.classes))
         return rows, wide[rows, columns], tuple(leading)
+
+
+def _padded_alike(parts: list[SparseLabels], k: int | None) -> list[Any]:
+    longest = max(part._array.shape[-1] for part in parts) if k is None else k
+    return [part._padded_to(longest) for part in parts]
 
 
 for _kind in (PackedLabels, SparseLabels):
@@ -343,124 +353,3 @@ for _kind in (PackedLabels, SparseLabels):
         serialize_auxdata=lambda classes: str(classes).encode(),
         deserialize_auxdata=lambda text: int(text.decode()),
     )
-
-
-def check_classes(classes: Any) -> int:
-    try:
-        count = operator.index(classes)
-    except TypeError as error:
-        raise TypeError(f"classes={classes!r}; expected an integer") from error
-    if isinstance(classes, (bool, np.bool_)):
-        raise TypeError(f"classes={classes!r}; expected an integer")
-    if not 0 <= count < 2**31:
-        raise ValueError(f"classes={count}; expected 0 <= classes < 2^31")
-    return count
-
-
-def _check_k(k: Any) -> int:
-    if isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)):
-        raise TypeError(f"k={k!r}; expected an integer or None")
-    if k < 0:
-        raise ValueError(f"k={k}; expected k >= 0")
-    return int(k)
-
-
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
-def _check_ids(ids: Any, classes: int, padding: bool) -> Any:
-    """As int32, after a look at the concrete ones."""
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"ids have dtype {ids.dtype}; expected an integer dtype")
-    if isinstance(ids, jax.ShapeDtypeStruct):
-        return ids
-    known = isinstance(ids, np.ndarray) or (not _is_traced(ids) and ids.is_fully_addressable)
-    if known and ids.size:
-        with jax.ensure_compile_time_eval():
-            low, high = int(ids.min()), int(ids.max())
-        if low < (PADDING if padding else 0) or high >= classes:
-            wrong = high if high >= classes else low
-            besides = f", or {PADDING} for none" if padding else ""
-            raise ValueError(f"ids hold {wrong}; expected 0 <= id < {classes}{besides}")
-    if ids.dtype.itemsize > 4 and not known:
-        # Beyond 32 bits it would come back as another id.
-        ids = jnp.where((ids >= 0) & (ids < classes), ids, PADDING)
-    return ids.astype(np.int32)
-
-
-def _dense(labels: Any) -> Any:
-    """As an array of bool or integers, NumPy's looked at."""
-    array = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-    if array.ndim == 0:
-        raise ValueError("labels are a scalar; expected shape (..., classes)")
-    if array.dtype == bool:
-        return array
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"labels have dtype {array.dtype}; a bit holds bool or the integers 0 and 1, no soft label")
-    if isinstance(array, np.ndarray) and array.size and not 0 <= array.min() <= array.max() <= 1:
-        wrong = array.min() if array.min() < 0 else array.max()
-        raise ValueError(f"labels hold {wrong}; expected 0 or 1")
-    return array > 0
-
-
-def _packed_pairs(rows: NDArray[Any], ids: NDArray[Any], leading: tuple[int, ...], classes: int) -> PackedLabels:
-    """From row and class of every positive, on the host."""
-    needed = words_for(classes)
-    words = np.zeros(math.prod(leading) * needed, np.uint32)
-    at = rows.astype(np.int64) * needed + ids // GROUP * LANES + ids % LANES
-    np.bitwise_or.at(words, at, np.uint32(1) << (ids // LANES % BITS).astype(np.uint32))
-    return PackedLabels(words.reshape(*leading, needed), classes)
-
-
-def _flatten(lists: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Row and id of every entry of a list of lists, and how many each list has."""
-    try:
-        lists = [each if isinstance(each, (list, tuple)) else _one_list(each) for each in lists]
-    except TypeError as error:
-        raise TypeError(f"ids: expected a sequence with the ids of each example, and {error}") from error
-    counts = np.fromiter(map(len, lists), np.int64, len(lists))
-    if lists and all(isinstance(each, np.ndarray) for each in lists):
-        filled = [each for each in lists if each.size]
-        flat = np.concatenate(filled) if filled else np.zeros(0, np.int64)
-    else:
-        flat = np.array(list(itertools.chain.from_iterable(lists)))
-        flat = flat if flat.size else np.zeros(0, np.int64)
-    if flat.ndim != 1:
-        raise ValueError("ids: expected one list of ids for each example, and these are nested more deeply")
-    return np.repeat(np.arange(len(lists)), counts), flat, counts
-
-
-def _one_list(ids: Any) -> Any:
-    return np.asarray(ids) if hasattr(ids, "dtype") else list(ids)
-
-
-def _read_csr(matrix: Any) -> tuple[NDArray[Any], NDArray[Any]]:
-    """How many positives each row has, and all their ids, row by row."""
-    if getattr(matrix, "format", "csr") != "csr" or not all(hasattr(matrix, n) for n in ("indptr", "indices", "data")):
-        kind = getattr(matrix, "format", type(matrix).__name__)
-        raise TypeError(f"matrix is {kind}; expected a SciPy CSR matrix or array: matrix.tocsr()")
-    if len(matrix.shape) != 2:
-        raise ValueError(f"matrix has shape {matrix.shape}; expected (examples, classes)")
-    examples, classes = matrix.shape
-    stored = int(matrix.indptr[-1])
-    indices, data = matrix.indices[:stored], matrix.data[:stored]
-    good = (data == 0) | (data == 1)
-    if not good.all():
-        raise ValueError(f"matrix holds {data[~good][0]}; expected 0 or 1")
-    counts = np.diff(matrix.indptr)
-    if not (positive := data != 0).all():
-        rows = np.repeat(np.arange(examples), counts)[positive]
-        counts, indices = np.bincount(rows, minlength=examples), indices[positive]
-    return counts, _check_ids(indices, check_classes(classes), padding=False)
-
-
-def _padded_ids(rows: NDArray[Any], ids: NDArray[Any], counts: NDArray[Any], k: int | None) -> NDArray[np.int32]:
-    """(rows, k), each row's ids first and then the padding. The pairs come row by row."""
-    longest = int(counts.max(initial=0))
-    if k is not None and longest > _check_k(k):
-        raise ValueError(f"a row has {longest} positives; expected at most k={k}")
-    found = np.full((len(counts), longest if k is None else k), PADDING, np.int32)
-    starts = np.cumsum(counts) - counts
-    found[rows, np.arange(len(ids)) - np.repeat(starts, counts)] = ids
-    return found
