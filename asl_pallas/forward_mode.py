@@ -46,10 +46,7 @@ def _lower(ctx, tangent, *, function):
     raise TypeError(_SENTENCE.format(function))
 
 
-def _batch(operands, dims, *, function):
-    return _tangent_p.bind(operands[0], function=function), dims[0]
-
-
 mlir.register_lowering(_tangent_p, _lower)
 ad.primitive_transposes[_tangent_p] = lambda cotangent, tangent, *, function: [cotangent]
-batching.primitive_batchers[_tangent_p] = _batch
+# Reverse mode transposes a tangent before anything batches it; jax.jacfwd batches tangents.
+batching.primitive_batchers[_tangent_p] = lambda operands, dims, *, function: _run(*operands, function=function)

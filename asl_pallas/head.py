@@ -14,7 +14,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, chunks, head_sharding, kernels
+from asl_pallas import arguments, chunks, head_sharding, kernels, residuals
 from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
@@ -255,26 +255,28 @@ def _loss_forward(plan: _Plan, arrays: Arrays):
         if any(leaf.perturbed for leaf in jax.tree.leaves(array, is_leaf=_is_primal))
     }
     arrays = jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=_is_primal)
-    if "scalars" in perturbed:
-        names = " or ".join(plan.work.task.formula.traced())
-        raise TypeError(
-            f"linear_asymmetric_loss has no derivative with respect to {names}; wrap the hyper-parameter in "
-            "jax.lax.stop_gradient"
-        )
     wanted = tuple(name for name in PARAMETERS if name in perturbed)
     dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
     one_pass = plan.total and bool(wanted) and jnp.dtype(jnp.float16) not in dtypes
     found = _run(plan.wants(value=True, gradients=wanted if one_pass else ()), arrays)
-    kept = arrays if not one_pass or perturbed - set(PARAMETERS) else None
-    return found.value, (found._replace(value=None), kept, dict.fromkeys(sorted(perturbed)))
+    kept = arrays if not one_pass or perturbed - set(PARAMETERS) else residuals.nothing_of(arrays)
+    gradients = found._replace(value=None)
+    return found.value, residuals.marked((gradients, kept, residuals.as_array(perturbed, Arrays._fields)))
 
 
 def _is_primal(x: Any) -> bool:
     return isinstance(x, CustomVJPPrimal)
 
 
-def _loss_backward(plan: _Plan, residuals, cotangent: Array):
-    found, arrays, perturbed = residuals
+def _loss_backward(plan: _Plan, kept, cotangent: Array):
+    found, arrays, perturbed = residuals.unmarked(kept)
+    perturbed = residuals.from_array(perturbed, Arrays._fields)
+    if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
+        names = " or ".join(plan.work.task.formula.traced())
+        raise TypeError(
+            f"linear_asymmetric_loss has no derivative with respect to {names}; wrap the hyper-parameter in "
+            "jax.lax.stop_gradient"
+        )
     wanted = tuple(name for name in PARAMETERS if name in perturbed)
     if wanted and all(gradient is None for gradient in found):
         by_example = cotangent[..., None]

@@ -14,7 +14,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, kernels, sharding
+from asl_pallas import arguments, kernels, residuals, sharding
 from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.summation import sum_over
@@ -193,6 +193,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         implementation=call.implementation,
         interpret=call.interpret,
         layout=None,
+        leaves_out=arrays.where is not None or call.ignore_label is not None,
     )
     if call.axes and not sums_classes:
         # A sum over rows alone: a kernel would write every element's loss first; XLA doesn't, on TPU and CPU.
@@ -222,6 +223,7 @@ class _Plan:
     implementation: str | None
     interpret: bool
     layout: sharding.Layout | None
+    leaves_out: bool
 
     def wants(self, *, value: bool, gradient: bool) -> _Plan:
         task = dataclasses.replace(self.task, value=self.task.value if value else None, gradient=gradient)
@@ -260,28 +262,26 @@ def _loss_forward(plan: _Plan, operands: Operands):
     """
     perturbed = {name for name, operand in operands._asdict().items() if operand is not None and operand.perturbed}
     operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-    if "scalars" in perturbed:
+    one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
+    result = _run(plan.wants(value=True, gradient=one_pass), operands)
+    kept = operands if perturbed - {"logits"} or not one_pass else residuals.nothing_of(operands)
+    return result.value, residuals.marked((result.gradient, kept, residuals.as_array(perturbed, Operands._fields)))
+
+
+def _loss_backward(plan: _Plan, kept, cotangent: Array):
+    gradient, operands, perturbed = residuals.unmarked(kept)
+    perturbed = residuals.from_array(perturbed, Operands._fields)
+    if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
         raise TypeError(
             f"asymmetric_loss has no derivative with respect to {' or '.join(plan.task.formula.traced())}; wrap the "
             "hyper-parameter in jax.lax.stop_gradient"
         )
-    one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
-    result = _run(plan.wants(value=True, gradient=one_pass), operands)
-    others = perturbed - {"logits"}
-    kept = operands if others or not one_pass else None
-    flags = ("left out",) if operands.where is not None or plan.task.ignore_label is not None else ()
-    return result.value, (result.gradient, kept, dict.fromkeys((*sorted(perturbed), *flags)))
-
-
-def _loss_backward(plan: _Plan, residuals, cotangent: Array):
-    gradient, operands, flags = residuals
-    perturbed = [name for name in flags if name != "left out"]
     found: dict[str, Any] = dict.fromkeys(Operands._fields)
     if "logits" in perturbed:
         by_element = cotangent if plan.task.value == "elements" else cotangent[..., None]
         if gradient is not None:
             of_logits = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
-            if "left out" in flags:
+            if plan.leaves_out:
                 # Of what is left out it is 0 whatever the cotangent: where nothing counts, a mean's is infinite.
                 of_logits = jnp.where(gradient == 0, gradient, of_logits)
             found["logits"] = of_logits

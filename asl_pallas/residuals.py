@@ -1,0 +1,44 @@
+"""What the forward rule of a jax.custom_vjp keeps, in a pytree of one structure whichever inputs are differentiated.
+
+With symbolic_zeros JAX traces a forward rule once for each set of differentiated inputs, but it remembers the structure
+of the residuals once, of whichever it traced last: jax.grad(f), jax.grad(f, (0, 1)) and jax.grad(jax.checkpoint(f)) of
+the same f would fail. Shapes it does remember. So what isn't kept is an array without elements here, not None, and so
+are the names that the backward rule has to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# No operand has it, but for a mask of an empty batch.
+_ABSENT = (0, 271_828)
+
+
+def marked(tree: Any) -> Any:
+    """The tree with an array without elements for each None."""
+    return jax.tree.map(lambda x: jnp.zeros(_ABSENT, bool) if x is None else x, tree, is_leaf=lambda x: x is None)
+
+
+def unmarked(tree: Any) -> Any:
+    """The tree that `marked` was given."""
+    return jax.tree.map(lambda x: None if x.shape == _ABSENT and x.dtype == jnp.bool_ else x, tree)
+
+
+def nothing_of(tree: Any) -> Any:
+    """The tree with None for each array."""
+    return jax.tree.map(lambda _: None, tree)
+
+
+def as_array(chosen: Collection[str], names: Sequence[str]) -> Array:
+    """Which of the names are chosen, in the shape of an array without elements."""
+    return jnp.zeros((0, *(int(name in chosen) for name in names)), bool)
+
+
+def from_array(array: Array, names: Sequence[str]) -> list[str]:
+    """The names that `as_array` was given."""
+    return [name for name, chosen in zip(names, array.shape[1:], strict=True) if chosen]
