@@ -70,10 +70,12 @@ def refuse_other_forms(name: str, x: Any) -> None:
             f"{name}: a {kind} of {of} is no array; {of}.stack(parts) and {of}.concatenate(parts) join them"
         )
     lengths = {len(row) for row in rows if isinstance(row, (list, tuple)) or bool(getattr(row, "ndim", 0))}
-    if len(lengths) > 1 or getattr(x, "dtype", None) == np.object_:
+    of_objects = getattr(x, "dtype", None) == np.object_
+    if len(lengths) > 1 or of_objects:
+        what = "objects in place of numbers" if of_objects else "rows of unequal lengths"
         raise TypeError(
-            f"{name}: rows of unequal lengths are no array; where they list the ids of the positives, "
-            "SparseLabels.from_ids(lists, classes) takes them"
+            f"{name}: {what} are no array; where they list the ids of the positives, SparseLabels.from_ids(lists, "
+            "classes) takes them"
         )
 
 
