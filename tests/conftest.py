@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+pytest_plugins = ["cpu_time"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """The CPU, unless tests of an accelerator are asked for; before anything imports jax."""

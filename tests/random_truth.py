@@ -117,7 +117,7 @@ class Truth:
         if not near.any():
             return np.zeros(self.logits.shape)
         (_, below), (_, above) = (self._in_float64(self.logits + s * step, value=False) for s in (-1, 1))
-        return np.where(near, abs(above - below), 0.0)
+        return np.nan_to_num(np.where(near, abs(above - below), 0.0), posinf=0.0)
 
     def wrong_values(self, found: Array) -> tuple[Array, str]:
         elements, careful = self.elements[0], self.careful[0]
