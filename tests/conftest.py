@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-pytest_plugins = ["cpu_time"]
+pytest_plugins = ["cpu_time", "executed_lines"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
