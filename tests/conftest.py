@@ -39,6 +39,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(autouse=True)
+def no_program_is_left() -> Iterator[None]:
+    """Of those that a test has started, also where it failed or hung."""
+    import programs
+
+    yield
+    programs.kill_all()
+
+
 @pytest.fixture(params=["xla", "mosaic_tpu", "triton"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each implementation by name, the kernels in interpret mode."""

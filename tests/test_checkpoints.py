@@ -24,6 +24,7 @@ import rich.console
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import programs  # noqa: E402
 import train_phenotypes  # noqa: E402
 from tiny_problem import tiny_problem  # noqa: E402
 
@@ -185,16 +186,14 @@ def test_killed_at_random_moments_of_a_save_the_last_announced_checkpoint_or_a_l
     paths = [str(EXAMPLES), str(EXAMPLES.parent / "tests"), str(EXAMPLES.parent)]
     for kill in range(3):
         code = CHILD.format(paths=paths, arguments=arguments)
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child = programs.start("-c", code)
         announced = int(child.stdout.readline())
-        deadline = time.monotonic() + 60
         while True:  # a moment within a write, not between two
             time.sleep(moments.uniform(0, 0.05))
             child.send_signal(signal.SIGSTOP)
             if any(path.name.endswith(UNFINISHED) for path in (tmp_path / "a").iterdir()):
                 break
             child.send_signal(signal.SIGCONT)
-            assert time.monotonic() < deadline
         child.kill()
         announced = max([announced, *map(int, child.communicate()[0].split())])
 
@@ -349,26 +348,14 @@ def test_a_checkpoint_that_cant_be_written_leaves_the_last_good_one(tmp_path, di
 
 
 def start(directory, *arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     sizes = ["--max-diseases", 300, "--batch-size", 32, "--gamma-neg", 2]  # 7 steps an epoch
     files = ["--checkpoint-dir", directory, "--output", directory.parent / "a.png"]
-    script = [sys.executable, "-W", "error::DeprecationWarning", EXAMPLES / "train_phenotypes.py"]
-    return subprocess.Popen(
-        [str(argument) for argument in (*script, *sizes, *files, *arguments)],
-        cwd=EXAMPLES.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return programs.example("train_phenotypes.py", *sizes, *files, *arguments)
 
 
 def kill_after(process, checkpoint):
     """Its output until then; nothing on stderr."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    programs.wait_until(process, checkpoint.exists)
     process.kill()
     out, errors = process.communicate()
     assert not errors
@@ -393,7 +380,7 @@ def test_killed_in_its_second_run_and_resumed_the_script_ends_as_an_undisturbed_
     tables = []
     for directory in (killed, undisturbed):
         process = start(directory, *flags)
-        out, errors = process.communicate(timeout=240)
+        out, errors = process.communicate()
         assert process.returncode == 0 and not errors, errors
         assert ("Resuming from" in out) == (directory is killed)
         tables.append(re.search(r"Test: .*(?=\n\d+ s, )", out, re.DOTALL)[0])
@@ -412,7 +399,7 @@ def test_linen_killed_and_resumed_has_the_weights_of_an_undisturbed_run_and_a_cu
     largest = max((killed / "14").rglob("d/*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     process = start(killed, *flags, "--resume")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 1
     sentence = rf"the checkpoint {killed}/14 can't be read \(delete it to go on from 12\): .+"
     assert re.fullmatch(rf"train_phenotypes.py: {sentence}\n", errors)
@@ -421,7 +408,7 @@ def test_linen_killed_and_resumed_has_the_weights_of_an_undisturbed_run_and_a_cu
 def test_a_full_disk_ends_the_script_with_one_sentence(tmp_path):
     with full_disk(tmp_path / "disk", megabytes=30) as disk:
         process = start(disk, "--checkpoint-every", 1)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate()
         assert process.returncode == 1
         last = max(int(path.name) for path in disk.iterdir() if path.name.isdecimal())
         sentence = rf"the checkpoint {disk}/{last + 1} can't be written \({disk}/{last} is the last good one\)"
