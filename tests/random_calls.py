@@ -39,7 +39,7 @@ from random_truth import Truth, wrong_top_k
 
 import asl_pallas
 
-CLEAR_EVERY = 300  # configurations: compiled programs add up
+CLEAR_EVERY = 100  # configurations: compiled programs add up
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,7 @@ def test_kept_are_the_newest_two_and_every_finished_run(tmp_path):
         store(tmp_path, "--resume").keeper("run 1").restore(Arrays(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make_trainer", [NNXTrainer, LinenTrainer])
 def test_ctrl_c_saves_the_step_and_the_rest_is_bit_for_bit_an_undisturbed_run(tmp_path, make_trainer):
     problem = tiny_problem(diseases=200, labels=30)
@@ -180,6 +181,7 @@ for steps in range(1 + max(saving.steps(), default=0), 10_000):
 """
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_of_a_save_the_last_announced_checkpoint_or_a_later_one_is_whole(tmp_path):
     moments = random.Random(0)
     arguments = [str(tmp_path / "a"), "--resume", "--output", str(tmp_path / "a.png")]
@@ -217,6 +219,7 @@ def damaged(path):
     yield None
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_refused_by_name_or_loaded_right_but_never_wrong(tmp_path):
     first = store(tmp_path).keeper("BCE")
     first.save(Arrays(1), position(3))
@@ -371,6 +374,7 @@ def assert_equal_weights(checkpoint, other):
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
+@pytest.mark.long
 def test_killed_in_its_second_run_and_resumed_the_script_ends_as_an_undisturbed_one(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = ["--epochs", 1, "--resume", "--checkpoint-every", 3]
@@ -388,6 +392,7 @@ def test_killed_in_its_second_run_and_resumed_the_script_ends_as_an_undisturbed_
     assert tables[0] == tables[1]  # with the finished runs' figures
 
 
+@pytest.mark.long
 def test_linen_killed_and_resumed_has_the_weights_of_an_undisturbed_run_and_a_cut_file_is_named(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = ["--linen", "--loss", "asl", "--epochs", 2, "--checkpoint-every", 3]
@@ -405,6 +410,7 @@ def test_linen_killed_and_resumed_has_the_weights_of_an_undisturbed_run_and_a_cu
     assert re.fullmatch(rf"train_phenotypes.py: {sentence}\n", errors)
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_script_with_one_sentence(tmp_path):
     with full_disk(tmp_path / "disk", megabytes=30) as disk:
         process = start(disk, "--checkpoint-every", 1)

@@ -352,6 +352,7 @@ def start(*arguments):
     return programs.example("train_phenotypes.py", *arguments)
 
 
+@pytest.mark.long
 def test_a_bad_batch_size_ends_the_script_with_one_sentence(tmp_path):
     process = start("--max-diseases", 200, "--batch-size", 100_000, "--output", tmp_path / "a.png")
     _, errors = process.communicate()
@@ -359,6 +360,7 @@ def test_a_bad_batch_size_ends_the_script_with_one_sentence(tmp_path):
     assert re.fullmatch(r"train_phenotypes.py: --batch-size 100000 is more than the \d+ training diseases\n", errors)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [(), ("--linen", "--loss", "asl", "--gamma-neg", "2")], ids=["all", "linen"])
 def test_the_script_trains_and_leaves_tables_and_a_picture(tmp_path, flags):
     picture = tmp_path / "new" / "curves.png"
@@ -386,6 +388,7 @@ def interrupt_when(process, ready):
     return process.communicate()
 
 
+@pytest.mark.long
 def test_ctrl_c_while_training_ends_with_what_there_is(tmp_path):
     picture = tmp_path / "curves.png"
     process = start("--epochs", 5000, "--max-diseases", 300, "--batch-size", 32, "--output", picture)
@@ -397,6 +400,7 @@ def test_ctrl_c_while_training_ends_with_what_there_is(tmp_path):
     assert picture.read_bytes().startswith(PNG_SIGNATURE)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="looks into /proc to see the imports begin")
 @pytest.mark.parametrize("moment", ["importing", "compiling"])
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, moment):

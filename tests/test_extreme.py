@@ -210,6 +210,7 @@ def test_a_bad_flag_exits_with_2_and_says_what_is_allowed(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_ctrl_c_while_training_ends_with_what_there_is():
     arguments = ["--labels", 3000, "--vocabulary", 1000, "--width", 16, "--batch", 32, "--held-out", 64]
     arguments += ["--dtype", "bfloat16", "--steps", 1_000_000, "--evaluate-every", 5]

@@ -75,6 +75,7 @@ def assert_equal_to_one_process(trainer, found, state):
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("trainer", "mesh"), [("nnx", "data=4,model=2"), ("linen", "data=4,model=2"), ("nnx", "data=1,model=8")]
 )
@@ -154,6 +155,7 @@ def small_cluster(processes, tmp_path, trainer="nnx", mesh=None, epochs=1):
     return cluster_of(processes, start)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "trainer", "mesh"), [(2, "nnx", "data=2,model=2"), (4, "linen", "data=2,model=2")]
 )
@@ -171,6 +173,7 @@ def test_three_steps_on_several_processes_equal_one_process(tmp_path, processes,
 # Lost processes
 
 
+@pytest.mark.long
 def test_without_process_0_the_other_ends_within_a_minute_and_says_so(tmp_path):
     began = time.monotonic()
     first, second = small_cluster(2, tmp_path, epochs=10_000)
@@ -186,6 +189,7 @@ def test_without_process_0_the_other_ends_within_a_minute_and_says_so(tmp_path):
     assert "process 0 has ended or can't be reached any more\n" in said
 
 
+@pytest.mark.long
 def test_a_missing_process_is_noticed(tmp_path):
     assert train_phenotypes.command_line([]).join_timeout < 60
     started = []
@@ -214,6 +218,7 @@ def children(process):
     return sorted(found)
 
 
+@pytest.mark.long
 def test_ctrl_c_in_one_process_ends_all_with_what_there_is(tmp_path):
     process = script(*SIZES, "--processes", 2, "--epochs", 5000, "--output", tmp_path / "a.png")
     programs.wait_for_line(process, " epoch 2/5000 ")
@@ -227,6 +232,7 @@ def test_ctrl_c_in_one_process_ends_all_with_what_there_is(tmp_path):
     assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in both)
 
 
+@pytest.mark.long
 def test_the_launcher_passes_ctrl_c_on(tmp_path):
     process = script(*SIZES, "--processes", 2, "--output", tmp_path / "a.png")
     programs.wait_until(process, lambda: len(children(process)) == 2 and all(map(imports_numpy, children(process))))
@@ -240,6 +246,7 @@ def imports_numpy(pid):
     return "numpy" in pathlib.Path(f"/proc/{pid}/maps").read_text()
 
 
+@pytest.mark.long
 def test_what_cant_be_shared_out_is_said_before_anything_is_trained(tmp_path):
     process = script(*SIZES[:2], "--mesh", "data=2", "--batch-size", 33, "--output", tmp_path / "a.png")
     out, said = process.communicate()
@@ -247,6 +254,7 @@ def test_what_cant_be_shared_out_is_said_before_anything_is_trained(tmp_path):
     assert said == "train_phenotypes.py: --batch-size 33 can't be shared out equally along data=2 of the mesh\n"
 
 
+@pytest.mark.long
 def test_a_process_with_other_flags_is_named_with_the_flag(tmp_path):
     started = cluster_of(2, lambda *own: script(*SIZES, *own, "--seed", own[-1], "--output", tmp_path / "a.png"))
     for process in started:
@@ -287,6 +295,7 @@ def kill_while_saving(process, directory, after):
     os.kill(victim, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_killed_while_saving_and_resumed_two_processes_reach_the_weights_of_one(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = [*SIZES, "--mesh", "model=2", "--epochs", 1, "--output", tmp_path / "a.png"]
@@ -332,6 +341,7 @@ def test_killed_while_saving_and_resumed_two_processes_reach_the_weights_of_one(
     assert re.fullmatch(rf"train_phenotypes.py: (process \d: )?{sentence}\n", said), said
 
 
+@pytest.mark.long
 def test_a_process_that_cant_write_its_shards_ends_all_and_leaves_the_last_good_checkpoint(tmp_path):
     directory = tmp_path / "a"
     flags = [*SIZES, "--mesh", "model=2", "--output", tmp_path / "a.png"]
@@ -396,6 +406,7 @@ def test_a_mesh_that_the_devices_or_the_shapes_dont_fit_is_refused():
         Layout.of("data=4,model=2").check(32, 1409)
 
 
+@pytest.mark.long
 def test_an_address_that_is_taken_is_named(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
