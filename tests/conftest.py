@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
+pytest_plugins = ["cpu_time", "executed_lines"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """The CPU, unless tests of an accelerator are asked for; before anything imports jax."""
@@ -35,6 +37,15 @@ LONGEST = ("test_checkpoints.py", "test_processes.py", "test_example.py")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(autouse=True)
+def no_program_is_left() -> Iterator[None]:
+    """Of those that a test has started, also where it failed or hung."""
+    import programs
+
+    yield
+    programs.kill_all()
 
 
 @pytest.fixture(params=["xla", "mosaic_tpu", "triton"])

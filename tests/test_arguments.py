@@ -110,6 +110,7 @@ def test_every_argument_alone_matches_float64(implementation, row):
     assert_row(row, implementation)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("row", pairwise(), ids=label_of_row)
 def test_every_pair_of_arguments_matches_float64(implementation, row):
     assert_row(row, implementation)

@@ -24,6 +24,7 @@ import rich.console
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import programs  # noqa: E402
 import train_phenotypes  # noqa: E402
 from tiny_problem import tiny_problem  # noqa: E402
 
@@ -114,6 +115,7 @@ def test_kept_are_the_newest_two_and_every_finished_run(tmp_path):
         store(tmp_path, "--resume").keeper("run 1").restore(Arrays(0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make_trainer", [NNXTrainer, LinenTrainer])
 def test_ctrl_c_saves_the_step_and_the_rest_is_bit_for_bit_an_undisturbed_run(tmp_path, make_trainer):
     problem = tiny_problem(diseases=200, labels=30)
@@ -179,22 +181,21 @@ for steps in range(1 + max(saving.steps(), default=0), 10_000):
 """
 
 
+@pytest.mark.long
 def test_killed_at_random_moments_of_a_save_the_last_announced_checkpoint_or_a_later_one_is_whole(tmp_path):
     moments = random.Random(0)
     arguments = [str(tmp_path / "a"), "--resume", "--output", str(tmp_path / "a.png")]
     paths = [str(EXAMPLES), str(EXAMPLES.parent / "tests"), str(EXAMPLES.parent)]
     for kill in range(3):
         code = CHILD.format(paths=paths, arguments=arguments)
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child = programs.start("-c", code)
         announced = int(child.stdout.readline())
-        deadline = time.monotonic() + 60
         while True:  # a moment within a write, not between two
             time.sleep(moments.uniform(0, 0.05))
             child.send_signal(signal.SIGSTOP)
             if any(path.name.endswith(UNFINISHED) for path in (tmp_path / "a").iterdir()):
                 break
             child.send_signal(signal.SIGCONT)
-            assert time.monotonic() < deadline
         child.kill()
         announced = max([announced, *map(int, child.communicate()[0].split())])
 
@@ -218,6 +219,7 @@ def damaged(path):
     yield None
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_refused_by_name_or_loaded_right_but_never_wrong(tmp_path):
     first = store(tmp_path).keeper("BCE")
     first.save(Arrays(1), position(3))
@@ -349,26 +351,14 @@ def test_a_checkpoint_that_cant_be_written_leaves_the_last_good_one(tmp_path, di
 
 
 def start(directory, *arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
     sizes = ["--max-diseases", 300, "--batch-size", 32, "--gamma-neg", 2]  # 7 steps an epoch
     files = ["--checkpoint-dir", directory, "--output", directory.parent / "a.png"]
-    script = [sys.executable, "-W", "error::DeprecationWarning", EXAMPLES / "train_phenotypes.py"]
-    return subprocess.Popen(
-        [str(argument) for argument in (*script, *sizes, *files, *arguments)],
-        cwd=EXAMPLES.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return programs.example("train_phenotypes.py", *sizes, *files, *arguments)
 
 
 def kill_after(process, checkpoint):
     """Its output until then; nothing on stderr."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    programs.wait_until(process, checkpoint.exists)
     process.kill()
     out, errors = process.communicate()
     assert not errors
@@ -384,6 +374,7 @@ def assert_equal_weights(checkpoint, other):
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
+@pytest.mark.long
 def test_killed_in_its_second_run_and_resumed_the_script_ends_as_an_undisturbed_one(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = ["--epochs", 1, "--resume", "--checkpoint-every", 3]
@@ -393,7 +384,7 @@ def test_killed_in_its_second_run_and_resumed_the_script_ends_as_an_undisturbed_
     tables = []
     for directory in (killed, undisturbed):
         process = start(directory, *flags)
-        out, errors = process.communicate(timeout=240)
+        out, errors = process.communicate()
         assert process.returncode == 0 and not errors, errors
         assert ("Resuming from" in out) == (directory is killed)
         tables.append(re.search(r"Test: .*(?=\n\d+ s, )", out, re.DOTALL)[0])
@@ -401,6 +392,7 @@ def test_killed_in_its_second_run_and_resumed_the_script_ends_as_an_undisturbed_
     assert tables[0] == tables[1]  # with the finished runs' figures
 
 
+@pytest.mark.long
 def test_linen_killed_and_resumed_has_the_weights_of_an_undisturbed_run_and_a_cut_file_is_named(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     flags = ["--linen", "--loss", "asl", "--epochs", 2, "--checkpoint-every", 3]
@@ -412,16 +404,17 @@ def test_linen_killed_and_resumed_has_the_weights_of_an_undisturbed_run_and_a_cu
     largest = max((killed / "14").rglob("d/*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     process = start(killed, *flags, "--resume")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 1
     sentence = rf"the checkpoint {killed}/14 can't be read \(delete it to go on from 12\): .+"
     assert re.fullmatch(rf"train_phenotypes.py: {sentence}\n", errors)
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_script_with_one_sentence(tmp_path):
     with full_disk(tmp_path / "disk", megabytes=30) as disk:
         process = start(disk, "--checkpoint-every", 1)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate()
         assert process.returncode == 1
         last = max(int(path.name) for path in disk.iterdir() if path.name.isdecimal())
         sentence = rf"the checkpoint {disk}/{last + 1} can't be written \({disk}/{last} is the last good one\)"

@@ -2,13 +2,10 @@
 
 import dataclasses
 import io
-import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
-import time
 import zlib
 
 import jax
@@ -22,6 +19,7 @@ from flax import nnx
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import programs  # noqa: E402
 import train_phenotypes  # noqa: E402
 from tiny_problem import tiny_problem  # noqa: E402
 
@@ -351,29 +349,23 @@ def test_a_given_setting_takes_the_place_of_the_search(tmp_path):
 
 
 def start(*arguments):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-W", "error::DeprecationWarning", EXAMPLES / "train_phenotypes.py", *map(str, arguments)],
-        cwd=EXAMPLES.parent,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return programs.example("train_phenotypes.py", *arguments)
 
 
+@pytest.mark.long
 def test_a_bad_batch_size_ends_the_script_with_one_sentence(tmp_path):
     process = start("--max-diseases", 200, "--batch-size", 100_000, "--output", tmp_path / "a.png")
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate()
     assert process.returncode == 1
     assert re.fullmatch(r"train_phenotypes.py: --batch-size 100000 is more than the \d+ training diseases\n", errors)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flags", [(), ("--linen", "--loss", "asl", "--gamma-neg", "2")], ids=["all", "linen"])
 def test_the_script_trains_and_leaves_tables_and_a_picture(tmp_path, flags):
     picture = tmp_path / "new" / "curves.png"
     process = start("--epochs", 1, "--max-diseases", 300, "--batch-size", 32, "--output", picture, *flags)
-    out, errors = process.communicate(timeout=240)
+    out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert not errors
     assert "\x1b" not in out and "\r" not in out  # a log, not a terminal
@@ -391,15 +383,12 @@ def test_the_script_trains_and_leaves_tables_and_a_picture(tmp_path, flags):
 
 
 def interrupt_when(process, ready):
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    programs.wait_until(process, ready)
     process.send_signal(signal.SIGINT)
-    return process.communicate(timeout=120)
+    return process.communicate()
 
 
+@pytest.mark.long
 def test_ctrl_c_while_training_ends_with_what_there_is(tmp_path):
     picture = tmp_path / "curves.png"
     process = start("--epochs", 5000, "--max-diseases", 300, "--batch-size", 32, "--output", picture)
@@ -411,6 +400,7 @@ def test_ctrl_c_while_training_ends_with_what_there_is(tmp_path):
     assert picture.read_bytes().startswith(PNG_SIGNATURE)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="looks into /proc to see the imports begin")
 @pytest.mark.parametrize("moment", ["importing", "compiling"])
 def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path, moment):

@@ -1,10 +1,8 @@
 """The example with a million labels, at small sizes: corpus, train step, memory, and the script itself."""
 
-import os
 import pathlib
 import re
 import signal
-import subprocess
 import sys
 
 import jax
@@ -17,6 +15,7 @@ from flax import nnx
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import programs  # noqa: E402
 import train_extreme  # noqa: E402
 
 from asl_pallas import SparseLabels  # noqa: E402
@@ -211,21 +210,14 @@ def test_a_bad_flag_exits_with_2_and_says_what_is_allowed(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_ctrl_c_while_training_ends_with_what_there_is():
     arguments = ["--labels", 3000, "--vocabulary", 1000, "--width", 16, "--batch", 32, "--held-out", 64]
     arguments += ["--dtype", "bfloat16", "--steps", 1_000_000, "--evaluate-every", 5]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error::DeprecationWarning", EXAMPLES / "train_extreme.py", *map(str, arguments)],
-        cwd=EXAMPLES.parent,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not process.stdout.readline().startswith("step 5/"):
-        assert process.poll() is None, process.communicate()
+    process = programs.example("train_extreme.py", *arguments)
+    programs.wait_for_line(process, "step 5/")
     process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate()
     assert process.returncode == 130, errors
     assert not errors
     assert "Interrupted" in out

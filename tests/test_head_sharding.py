@@ -163,6 +163,7 @@ def test_a_spec_that_names_no_axis_is_refused():
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fully_sharded", [False, True])
 def test_four_million_classes_on_a_pod_move_sums_and_chunks_alone(fully_sharded):
     available("v5e")

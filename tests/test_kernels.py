@@ -212,6 +212,7 @@ def test_a_nan_comes_through_the_streamed_form(gamma_neg, gamma_pos, clip):
         assert np.argwhere(np.isnan(gradient)).tolist() == [[3, 5], [99, 699]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

@@ -19,6 +19,8 @@ from asl_pallas.bits import GROUP
 from profiling import targets
 from reference import autodiff
 
+pytestmark = pytest.mark.long
+
 CLASSES = 16384
 WIDTH = 512
 BATCH = 512  # examples a group of chips that share the classes out

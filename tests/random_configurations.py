@@ -1,0 +1,258 @@
+"""Configurations of random calls: what a call knows before it is traced, drawn from a seed.
+
+A configuration is compiled once and called with many draws of data (`random_data`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+Random = np.random.Generator
+
+ELEMENTS, INTERPRETED_ELEMENTS, STREAMED_ELEMENTS = 16_000, 1_500, 150_000
+DRAWS, EAGER_DRAWS, INTERPRETED_DRAWS, LARGE_DRAWS = 64, 32, 8, 6
+LEADING = (1, 1, 2, 3, 5, 7)
+CLASSES = (1, 2, 3, 5, 7, 13, 31, 80, 127, 128, 129, 257, 1023)
+WIDE = (4095, 4096, 4097, 8193)
+GAMMAS = (0, 0.0, 1, 1.0, 2, 3.0, 4.0, 5, 8.0, 16, 17, 20.0, 33, 0.1, 0.25, 0.5, 0.75, 1.5, 2.5, 3.7, 16.5)
+CLIPS = (0, 0.0, 0.05, 0.05, 0.2, 0.5, 0.875, 0.001, 1 / 3)
+LABELS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "bfloat16", "float16")
+NAMES = ("gamma_neg", "gamma_pos", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """What is static of a call.
+
+    Attributes:
+      shape: of the logits; for `linear_top_k`, of the scores of all classes.
+      depth: of the features of a head.
+      dtypes: of the logits; of features, kernel and bias for a head, whose bias may be "".
+      labels: a dtype for dense labels, "packed", or "sparse" with `ids` ids per row.
+      host: labels, logits and masks are NumPy arrays, else JAX arrays.
+      beyond: integer labels that only a traced call can get: any integer above 0 is a positive.
+      arrays: shape and dtype of where, weights and pos_weight, where the call has them.
+      traced: the dtypes of the hyper-parameters that are traced.
+      hyperparameters: (gamma_neg, gamma_pos, clip), a triple for all draws, or several where some are traced.
+      mode: "value", "grad" (of a sum), "vjp", or "others": the gradient by weights, pos_weight and soft labels.
+      mapped: examples of a jax.vmap around the call, 0 for none; `shared` names the arguments that it doesn't map.
+      strict: JAX's strict dtype promotion, and no rank promotion.
+    """
+
+    function: str
+    shape: Shape
+    depth: int
+    dtypes: tuple[str, ...]
+    labels: str
+    ids: int
+    host: bool
+    beyond: bool
+    arrays: dict[str, tuple[Shape, str]]
+    traced: dict[str, str]
+    hyperparameters: tuple[tuple[Any, ...], ...]
+    options: dict[str, Any]
+    mode: str
+    jit: bool
+    x64: bool
+    mapped: int
+    shared: tuple[str, ...]
+    strict: bool
+    draws: int
+
+    @property
+    def is_head(self) -> bool:
+        return self.function != "asymmetric_loss"
+
+    @property
+    def soft(self) -> bool:
+        return self.labels not in ("packed", "sparse") and jnp.issubdtype(jnp.dtype(self.labels), jnp.floating)
+
+    @property
+    def implementation(self) -> str | None:
+        return self.options.get("implementation")
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """What the loss is summed over, counted from the front."""
+        axis = self.options.get("axis", -1)
+        ndim = len(self.shape)
+        if axis is None:
+            return tuple(range(ndim))
+        return tuple(sorted(int(a) % ndim for a in (axis if isinstance(axis, (tuple, list)) else (axis,))))
+
+    def __str__(self) -> str:
+        parts = [f"{self.function} {self.shape} {'/'.join(self.dtypes)} labels={self.labels}"]
+        parts += [f"ids={self.ids}"] if self.labels == "sparse" else []
+        parts += [f"d={self.depth}"] if self.is_head else []
+        parts += [f"{name}:{dtype}{list(shape)}" for name, (shape, dtype) in self.arrays.items()]
+        parts += [f"{name}={value!r}" for name, value in self.options.items()]
+        parts += [f"(gamma_neg, gamma_pos, clip)={self.hyperparameters[0]!r}"]
+        parts += [f"traced={self.traced}"] if self.traced else []
+        flags = ("jit", "x64", "strict", "host", "beyond")
+        parts += [f"mode={self.mode}", *(flag for flag in flags if getattr(self, flag))]
+        parts += [f"vmap={self.mapped} shared={self.shared}"] if self.mapped else []
+        return " ".join(parts)
+
+
+def draw(seed: int, number: int) -> Configuration:
+    """The configuration of that number: the same for the same seed, whatever ran before."""
+    random = np.random.default_rng([seed, number])
+    function = _one(random, ["asymmetric_loss"] * 13 + ["linear_asymmetric_loss"] * 6 + ["linear_top_k"])
+    head = function != "asymmetric_loss"
+    implementation = _one(random, [None] * 68 + ["xla"] * 28 + (["mosaic_tpu", "triton"] * 2 if not head else []))
+    interpreted = implementation not in (None, "xla")
+    large = not head and not interpreted and random.random() < 0.02
+    shape = _shape(random, INTERPRETED_ELEMENTS if interpreted else ELEMENTS, large)
+    x64 = bool(random.random() < 0.15)
+    logits = _one(random, ["float32"] * 4 + ["bfloat16"] * 2 + ["float16"] + ["float64"] * (4 if x64 else 0))
+    dtypes = (logits,)
+    if head:
+        same = random.random() < 0.6
+        kernel = logits if same else _one(random, ["float32", "bfloat16", "float16"] + ["float64"] * x64)
+        dtypes = (logits, kernel, _one(random, ["", "float32", logits, kernel]))
+    labels = _one(random, [*LABELS, "packed", "packed", "sparse", "sparse"] + ["float64"] * x64)
+    dense = labels not in ("packed", "sparse")
+    soft = dense and jnp.issubdtype(jnp.dtype(labels), jnp.floating)
+    jit = bool(random.random() < 0.8)
+    options = _options(random, head, shape, dense and not soft, implementation, logits)
+    arrays = _arrays(random, shape, x64)
+    mapped = int(random.choice([2, 3])) if random.random() < 0.15 else 0
+    traced = _traced(random, x64) if random.random() < 0.3 else {}
+    top_k = function == "linear_top_k"
+    if top_k:
+        shape = (*shape[:-1], max(1, shape[-1]))
+        k = int(random.integers(1, shape[-1] + 1))
+        options = {"k": k} | {name: options[name] for name in ("chunk_size",) if name in options}
+        labels, soft, arrays, traced = "bool", False, {}, {}
+    others = {name for name in ("weights", "pos_weight") if name in arrays and "int" not in arrays[name][1]}
+    others |= {"labels"} if soft else set()
+    modes = ["value"] if top_k else ["vjp"] * 5 + ["grad"] * 3 + ["value"] + ["others"] * bool(others)
+    draws = INTERPRETED_DRAWS if interpreted else LARGE_DRAWS if large else DRAWS if jit else EAGER_DRAWS
+    arguments = ("logits", "labels", *arrays, *traced)
+    return Configuration(
+        function=function,
+        shape=shape,
+        depth=int(_one(random, [1, 2, 3, 7, 16])) if head else 0,
+        dtypes=dtypes,
+        labels=labels,
+        ids=int(random.integers(0, 6)),
+        host=bool(random.random() < 0.5),
+        beyond=bool(jit and dense and not soft and "int" in labels and random.random() < 0.1),
+        arrays=arrays,
+        traced=traced,
+        hyperparameters=tuple(_hyperparameters(random) for _ in range(4 if traced else 1)),
+        options=options,
+        mode=_one(random, modes),
+        jit=jit,
+        x64=x64,
+        mapped=mapped,
+        shared=tuple(name for name in arguments if random.random() < 0.2 and not (head and name == "logits")),
+        strict=bool(random.random() < 0.05),
+        draws=draws,
+    )
+
+
+def _one(random: Random, among: Any) -> Any:
+    return among[int(random.integers(len(among)))]
+
+
+def _shape(random: Random, elements: int, large: bool) -> Shape:
+    if large:  # beyond what the CPU's path does in one piece
+        classes = int(_one(random, [130, 4099, 33_000]))
+        rows = math.ceil(70_000 / classes) + int(random.integers(3))
+        return (rows, classes) if random.random() < 0.5 else (2, math.ceil(rows / 2), classes)
+    leading = [int(_one(random, LEADING)) for _ in range(int(random.integers(5)))]
+    classes = int(_one(random, WIDE if random.random() < 0.12 else CLASSES))
+    if random.random() < 0.04:
+        sizes = [*leading, classes]
+        sizes[int(random.integers(len(sizes)))] = 0
+        return tuple(sizes) if sizes[-1] or random.random() < 0.5 else (*sizes[:-1], 3)
+    while math.prod(leading) * classes > elements:
+        if leading and math.prod(leading) > 1:
+            leading[leading.index(max(leading))] = 1
+        else:
+            classes = int(_one(random, CLASSES))
+    return (*leading, classes)
+
+
+def _options(
+    random: Random, head: bool, shape: Shape, integers: bool, implementation: str | None, dtype: str
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"axis": _axis(random, len(shape), head)}
+    if implementation is not None:
+        options["implementation"] = implementation
+    if integers and random.random() < 0.3:
+        options["ignore_label"] = _one(random, [-1, -1, -100, 2, 255, 100, np.int64(-1)])
+    if random.random() < 0.15:
+        options["label_smoothing"] = _one(random, [0.1, 0.5, 0.999, 0, np.float32(0.25)])
+    if random.random() < 0.2:
+        options["stop_focus_gradient"] = _one(random, [True, np.bool_(True)])
+    if not head and random.random() < 0.1:
+        options["donate_logits"] = True
+    if head and random.random() < 0.6:
+        options["chunk_size"] = int(_one(random, [1, 2, 3, 7, 32, 100, 128, 256, 4096, 5000]))
+        if shape[-1] / options["chunk_size"] > 300:
+            options["chunk_size"] = 128
+    if head and random.random() < 0.1:
+        options["precision"] = "highest"
+    return options
+
+
+def _axis(random: Random, ndim: int, classes_too: bool) -> Any:
+    kind = random.random()
+    if kind < 0.35:
+        return _one(random, [-1, -1, ndim - 1, np.int64(-1), (-1,), [ndim - 1]])
+    if kind < 0.5:
+        return None
+    if kind < 0.62 and not classes_too:
+        return _one(random, [(), []])
+    some = [a for a in range(ndim) if random.random() < 0.5]
+    if classes_too and ndim - 1 not in some:
+        some.append(ndim - 1)
+    some = [a - ndim if random.random() < 0.5 else a for a in some]
+    random.shuffle(some)
+    return some[0] if len(some) == 1 and random.random() < 0.7 else tuple(some)
+
+
+def _broadcastable(random: Random, shape: Shape) -> Shape:
+    kind = random.random()
+    if kind < 0.25:
+        return shape
+    if kind < 0.4:
+        return ()
+    if kind < 0.55:
+        return shape[-1:]
+    some = tuple(1 if random.random() < 0.5 else n for n in shape)
+    return some[int(random.integers(len(shape) + 1)) :] if random.random() < 0.3 else some
+
+
+def _arrays(random: Random, shape: Shape, x64: bool) -> dict[str, tuple[Shape, str]]:
+    floats = ["float32"] * 5 + ["bfloat16", "float16", "int32", "int8"] + ["float64"]
+    arrays = {}
+    if random.random() < 0.35:
+        arrays["where"] = (_broadcastable(random, shape), "bool")
+    if random.random() < 0.3:
+        arrays["weights"] = (_broadcastable(random, shape), _one(random, floats))
+    if random.random() < 0.3:
+        arrays["pos_weight"] = (_one(random, [(), (1,), shape[-1:], shape[-1:]]), _one(random, floats))
+    return arrays
+
+
+def _traced(random: Random, x64: bool) -> dict[str, str]:
+    dtypes = ["float32"] * 5 + ["bfloat16", "float16"] + ["float64"] * (2 * x64)
+    traced = {name: _one(random, dtypes) for name in NAMES if random.random() < 0.6}
+    return traced or {"gamma_neg": "float32"}
+
+
+def _hyperparameters(random: Random) -> tuple[Any, ...]:
+    if random.random() < 0.3:
+        return 4.0, 1.0, 0.05
+    kinds = [lambda x: x] * 8 + [np.float32, np.float64]
+    gammas = (_one(random, kinds)(_one(random, GAMMAS)) for _ in range(2))
+    return *gammas, _one(random, kinds)(_one(random, CLIPS))
