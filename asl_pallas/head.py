@@ -10,18 +10,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from asl_pallas import arguments, chunks, head_sharding, kernels
 from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
 from asl_pallas.formula import AsymmetricLoss
-from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.tile import Task, compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.reverse_mode import perturbed, transposes_to
 from asl_pallas.sharding import CannotCutError
 
 
@@ -167,9 +166,9 @@ def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
     arrays = Arrays(
-        features=reverse_mode_only(arrays.features, "linear_asymmetric_loss"),
-        kernel=reverse_mode_only(arrays.kernel, "linear_asymmetric_loss"),
-        bias=None if arrays.bias is None else reverse_mode_only(arrays.bias, "linear_asymmetric_loss"),
+        features=arrays.features,
+        kernel=arrays.kernel,
+        bias=arrays.bias,
         labels=arrays.labels,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
@@ -236,44 +235,40 @@ def _run_jvp(plan: _Plan, primals, tangents):
     return _run(plan, *primals), tangents_out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, arrays: Arrays) -> Array:
     return _run(plan, arrays).value
 
 
-def _loss_forward(plan: _Plan, arrays: Arrays):
+def _loss_jvp(plan: _Plan, primals, tangents):
     """For the total one pass gives loss and gradients, and the gradients are all that is kept.
 
     A loss an example has a cotangent an example, which belongs under the sum over the examples: that waits for it. So
     do float16 gradients, which could vanish before a loss scale came.
     """
-    perturbed = {
-        name
-        for name, array in arrays._asdict().items()
-        if any(leaf.perturbed for leaf in jax.tree.leaves(array, is_leaf=_is_primal))
-    }
-    arrays = jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=_is_primal)
-    if "scalars" in perturbed:
+    (arrays,), moving = primals, perturbed(tangents[0])
+    if "scalars" in moving:
         names = " or ".join(plan.work.task.formula.traced())
         raise TypeError(
             f"linear_asymmetric_loss has no derivative with respect to {names}; wrap the hyper-parameter in "
             "jax.lax.stop_gradient"
         )
-    wanted = tuple(name for name in PARAMETERS if name in perturbed)
+    wanted = tuple(name for name in PARAMETERS if name in moving)
     dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
     one_pass = plan.total and bool(wanted) and jnp.dtype(jnp.float16) not in dtypes
     found = _run(plan.wants(value=True, gradients=wanted if one_pass else ()), arrays)
-    kept = arrays if not one_pass or perturbed - set(PARAMETERS) else None
-    return found.value, (found._replace(value=None), kept, dict.fromkeys(sorted(perturbed)))
+    kept = arrays if not one_pass or set(moving) - set(PARAMETERS) else None
+    backward = functools.partial(_loss_backward, plan, tuple(moving))
+    residuals = (found._replace(value=None), kept)
+    return found.value, transposes_to("linear_asymmetric_loss", found.value, backward, residuals, moving)
 
 
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, CustomVJPPrimal)
+_loss.defjvp(_loss_jvp, symbolic_zeros=True)
 
 
-def _loss_backward(plan: _Plan, residuals, cotangent: Array):
-    found, arrays, perturbed = residuals
-    wanted = tuple(name for name in PARAMETERS if name in perturbed)
+def _loss_backward(plan: _Plan, moving: tuple[str, ...], residuals, cotangent: Array) -> dict[str, Any]:
+    found, arrays = residuals
+    wanted = tuple(name for name in PARAMETERS if name in moving)
     if wanted and all(gradient is None for gradient in found):
         by_example = cotangent[..., None]
         if plan.total:
@@ -281,9 +276,8 @@ def _loss_backward(plan: _Plan, residuals, cotangent: Array):
         found = _run(plan.wants(value=False, gradients=wanted), arrays._replace(cotangent=by_example))
     elif wanted:
         found = jax.tree.map(lambda g: (g.astype(cotangent.dtype) * cotangent).astype(g.dtype), found)
-    gradients: dict[str, Any] = dict.fromkeys(Arrays._fields)
-    gradients.update({name: getattr(found, name) for name in wanted})
-    others = {name: getattr(arrays, name) for name in perturbed if name not in PARAMETERS}
+    gradients: dict[str, Any] = {name: getattr(found, name) for name in wanted}
+    others = {name: getattr(arrays, name) for name in moving if name not in PARAMETERS}
     if others:
 
         def value(others):
@@ -291,10 +285,7 @@ def _loss_backward(plan: _Plan, residuals, cotangent: Array):
 
         _, pull_back = jax.vjp(value, others)
         gradients.update(pull_back(cotangent)[0])
-    return (Arrays(**gradients),)
-
-
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+    return gradients
 
 
 def linear_top_k(

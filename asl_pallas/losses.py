@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from asl_pallas import arguments, kernels, sharding
 from asl_pallas.formula import AsymmetricLoss
-from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.reverse_mode import perturbed, transposes_to
 
 
 def asymmetric_loss(
@@ -169,7 +169,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
     operands = Operands(
-        logits=reverse_mode_only(arrays.logits),
+        logits=arrays.logits,
         labels=arrays.labels,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
@@ -210,7 +210,8 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         if plan.implementation != kernels.PLAIN:
             warnings.warn(f"{reason}; asymmetric_loss leaves the formula to XLA", stacklevel=3)
         plan = plan.plain()
-    return jnp.sum(_loss(plan, operands), tuple(axis for axis in call.axes if axis != ndim - 1))
+    # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
+    return jnp.sum(_loss(plan, vary_alike(operands)), tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,41 +246,43 @@ def _run_jvp(plan: _Plan, primals, tangents):
     return _run(plan, *primals), tangents_out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _loss(plan: _Plan, operands: Operands) -> Array:
     return _run(plan, operands).value
 
 
-def _loss_forward(plan: _Plan, operands: Operands):
+def _loss_jvp(plan: _Plan, primals, tangents):
     """One pass gives loss and gradient, and the gradient, in the logits' dtype, is all that is kept.
 
     float16 is the exception: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came.
     """
-    perturbed = {name for name, operand in operands._asdict().items() if operand is not None and operand.perturbed}
-    operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
-    if "scalars" in perturbed:
+    (operands,), moving = primals, perturbed(tangents[0])
+    if "scalars" in moving:
         raise TypeError(
             f"asymmetric_loss has no derivative with respect to {' or '.join(plan.task.formula.traced())}; wrap the "
             "hyper-parameter in jax.lax.stop_gradient"
         )
-    one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
+    one_pass = "logits" in moving and operands.logits.dtype != jnp.float16
     result = _run(plan.wants(value=True, gradient=one_pass), operands)
-    others = perturbed - {"logits"}
-    kept = operands if others or not one_pass else None
-    return result.value, (result.gradient, kept, dict.fromkeys(sorted(perturbed)))
+    kept = operands if set(moving) - {"logits"} or not one_pass else None
+    backward = functools.partial(_loss_backward, plan, tuple(moving))
+    return result.value, transposes_to("asymmetric_loss", result.value, backward, (result.gradient, kept), moving)
 
 
-def _loss_backward(plan: _Plan, residuals, cotangent: Array):
-    gradient, operands, perturbed = residuals
-    found: dict[str, Any] = dict.fromkeys(Operands._fields)
-    if "logits" in perturbed:
+_loss.defjvp(_loss_jvp, symbolic_zeros=True)
+
+
+def _loss_backward(plan: _Plan, moving: tuple[str, ...], residuals, cotangent: Array) -> dict[str, Any]:
+    gradient, operands = residuals
+    found: dict[str, Any] = {}
+    if "logits" in moving:
         by_element = cotangent if plan.task.value == "elements" else cotangent[..., None]
         if gradient is not None:
             found["logits"] = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
         else:
             scaled = operands._replace(cotangent=by_element)
             found["logits"] = _run(plan.wants(value=False, gradient=True), scaled).gradient
-    others = {name: getattr(operands, name) for name in perturbed if name != "logits"}
+    others = {name: getattr(operands, name) for name in moving if name != "logits"}
     if others:
 
         def value(others):
@@ -287,7 +290,4 @@ def _loss_backward(plan: _Plan, residuals, cotangent: Array):
 
         _, pull_back = jax.vjp(value, others)
         found.update(pull_back(cotangent)[0])
-    return (Operands(**found),)
-
-
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+    return found
