@@ -107,6 +107,28 @@ def quiet_triton() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def some_cuda_device() -> Iterator[None]:
+    """Lowers Triton kernels also where neither this host nor the mesh in context has a GPU, as for jax.export.
+
+    From 0.11 on JAX asks for the device there, for its compute capability. Our kernels are the same for all; 0.10 takes
+    9.0 by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    known = getattr(mesh, "abstract_device", None) or _default_device()
+    if jax.__version_info__ < (0, 11) or known.platform in ("gpu", "cuda", "rocm"):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        yield
+
+
+def _default_device() -> Any:
+    device = jax.config.jax_default_device
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+
+
 def lacks_mosaic_gpu() -> str | None:
     """Why this JAX can't run our Mosaic GPU kernel, or None: 0.10 has it under other names and no interpreter."""
     if jax.__version_info__ >= (0, 11):
