@@ -19,6 +19,7 @@ from asl_pallas.formula import TRACED
 from asl_pallas.kernels.tile import Form
 from asl_pallas.label_sources import refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.sharding import on_any_mesh
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -171,24 +172,46 @@ def _check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
     """Concrete labels are 0 or 1, or in between, unless left out. They are looked at even while others are traced."""
     if any(is_traced(x) or (isinstance(x, jax.Array) and not x.is_fully_addressable) for x in (labels, where)):
         return
-    with jax.ensure_compile_time_eval():
-        array = labels if isinstance(labels, jax.Array) else np.asarray(labels)
-        if array.dtype == bool:
-            return
-        good = (array >= 0) & (array <= 1)  # not so for NaN
-        if jnp.issubdtype(array.dtype, jnp.integer):
-            good = (array == 0) | (array == 1)
-        if ignore_label is not None:
-            good |= array == ignore_label
-        if where is not None:
-            good |= ~(where if isinstance(where, jax.Array) else np.asarray(where, bool))
-        if good.all():
-            return
-        value = array[~good][0]
-        allowed = "0 or 1" if jnp.issubdtype(array.dtype, jnp.integer) else "between 0 and 1"
+    if not isinstance(labels, jax.Array):
+        labels = np.asarray(labels)
+        where = jax.device_get(where)
+    if labels.dtype == bool:
+        return
+    if isinstance(labels, jax.Array):
+        if where is not None and not isinstance(where, jax.Array):
+            where = jax.device_put(np.asarray(where, bool))
+        with jax.ensure_compile_time_eval():
+            some_bad, value = jax.device_get(_first_bad(labels, where, ignore_label))
+    else:
+        bad = _bad(labels, where, ignore_label)
+        some_bad = bad.any()
+        value = labels[bad][0] if some_bad else None
+    if some_bad:
+        allowed = "0 or 1" if jnp.issubdtype(labels.dtype, jnp.integer) else "between 0 and 1"
         besides = "" if ignore_label is None else f", or ignore_label={ignore_label}"
         raise ValueError(f"labels hold {value}; expected {allowed}{besides}")
-    return array
+
+
+def _bad(labels: Any, where: Any, ignore_label: int | None) -> Any:
+    good = (labels >= 0) & (labels <= 1)  # not so for NaN
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        good = (labels == 0) | (labels == 1)
+    if ignore_label is not None:
+        good |= labels == ignore_label
+    if where is not None:
+        good |= ~(where if isinstance(where, jax.Array) else np.asarray(where, bool))
+    return ~good
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _first_bad(labels: Array, where: Array | None, ignore_label: int | None) -> tuple[Array, Array]:
+    """Whether any label is bad, and the first one that is, of arrays that may lie in any way on a mesh."""
+
+    def look(labels: Array, where: Array | None) -> tuple[Array, Array]:
+        bad = jnp.broadcast_to(_bad(labels, where, ignore_label), labels.shape)
+        return jnp.any(bad), labels.reshape(-1)[jnp.argmax(bad)]
+
+    return on_any_mesh(look, labels, where)
 
 
 def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> Array | None:

@@ -168,10 +168,12 @@ def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
         array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
+    marked = reverse_mode_only("linear_asymmetric_loss", arrays._replace(scalars=None))
+    arrays = marked._replace(scalars=arrays.scalars)
     arrays = Arrays(
-        features=reverse_mode_only(arrays.features, "linear_asymmetric_loss"),
-        kernel=reverse_mode_only(arrays.kernel, "linear_asymmetric_loss"),
-        bias=None if arrays.bias is None else reverse_mode_only(arrays.bias, "linear_asymmetric_loss"),
+        features=arrays.features,
+        kernel=arrays.kernel,
+        bias=arrays.bias,
         labels=arrays.labels,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
@@ -259,9 +261,10 @@ def _loss_forward(plan: _Plan, arrays: Arrays):
     dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
     one_pass = plan.total and bool(wanted) and jnp.dtype(jnp.float16) not in dtypes
     found = _run(plan.wants(value=True, gradients=wanted if one_pass else ()), arrays)
-    kept = arrays if not one_pass or perturbed - set(PARAMETERS) else residuals.nothing_of(arrays)
-    gradients = found._replace(value=None)
-    return found.value, residuals.marked((gradients, kept, residuals.as_array(perturbed, Arrays._fields)))
+    gradients = [residuals.absent(found.value) if gradient is None else gradient for gradient in found[1:]]
+    keeps_arrays = perturbed - set(PARAMETERS) or not one_pass
+    kept = arrays if keeps_arrays else jax.tree.map(residuals.absent, arrays)
+    return found.value, (Found(None, *gradients), kept, residuals.as_array(perturbed, Arrays._fields))
 
 
 def _is_primal(x: Any) -> bool:
@@ -269,8 +272,8 @@ def _is_primal(x: Any) -> bool:
 
 
 def _loss_backward(plan: _Plan, kept, cotangent: Array):
-    found, arrays, perturbed = residuals.unmarked(kept)
-    perturbed = residuals.from_array(perturbed, Arrays._fields)
+    found, arrays = residuals.present(kept[:2])
+    perturbed = residuals.from_array(kept[2], Arrays._fields)
     if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
         names = " or ".join(plan.work.task.formula.traced())
         raise TypeError(

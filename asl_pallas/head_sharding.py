@@ -9,6 +9,7 @@ in fully sharded training, is put together a chunk at a time, and its gradient i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,7 @@ from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Work
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Form
+from asl_pallas.kernels.versions import vary_as_operands
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 
 
@@ -178,7 +180,7 @@ def top_k(
 
 def _shard_map(body: Any, layout: HeadLayout, in_specs: Any, out_specs: Any) -> Any:
     free = layout.place()
-    return jax.shard_map(
+    on_mesh = jax.shard_map(
         body,
         mesh=layout.mesh,
         in_specs=(in_specs,),
@@ -186,6 +188,7 @@ def _shard_map(body: Any, layout: HeadLayout, in_specs: Any, out_specs: Any) -> 
         axis_names=frozenset(free) if len(free) < len(layout.mesh.axis_names) else frozenset(),
         check_vma=False,
     )
+    return functools.partial(vary_as_operands, on_mesh)
 
 
 def _exchange(layout: HeadLayout) -> Exchange:

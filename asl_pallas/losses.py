@@ -19,6 +19,7 @@ from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
 
 
@@ -171,8 +172,9 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
+    arrays = reverse_mode_only("asymmetric_loss", arrays._replace(scalars=()))._replace(scalars=arrays.scalars)
     operands = Operands(
-        logits=reverse_mode_only(arrays.logits),
+        logits=arrays.logits,
         labels=arrays.labels,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
@@ -214,7 +216,8 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         if plan.implementation != kernels.PLAIN:
             warnings.warn(f"{reason}; asymmetric_loss leaves the formula to XLA", stacklevel=3)
         plan = plan.plain()
-    return sum_over(_loss(plan, operands), tuple(axis for axis in call.axes if axis != ndim - 1))
+    # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
+    return sum_over(_loss(plan, vary_alike(operands)), tuple(axis for axis in call.axes if axis != ndim - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,13 +267,15 @@ def _loss_forward(plan: _Plan, operands: Operands):
     operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
     one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
     result = _run(plan.wants(value=True, gradient=one_pass), operands)
-    kept = operands if perturbed - {"logits"} or not one_pass else residuals.nothing_of(operands)
-    return result.value, residuals.marked((result.gradient, kept, residuals.as_array(perturbed, Operands._fields)))
+    gradient = result.gradient if one_pass else residuals.absent(result.value)
+    keeps_operands = perturbed - {"logits"} or not one_pass
+    kept = operands if keeps_operands else jax.tree.map(residuals.absent, operands)
+    return result.value, (gradient, kept, residuals.as_array(perturbed, Operands._fields))
 
 
 def _loss_backward(plan: _Plan, kept, cotangent: Array):
-    gradient, operands, perturbed = residuals.unmarked(kept)
-    perturbed = residuals.from_array(perturbed, Operands._fields)
+    gradient, operands = residuals.present(kept[:2])
+    perturbed = residuals.from_array(kept[2], Operands._fields)
     if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
         raise TypeError(
             f"asymmetric_loss has no derivative with respect to {' or '.join(plan.task.formula.traced())}; wrap the "

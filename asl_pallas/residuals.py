@@ -1,9 +1,9 @@
 """What the forward rule of a jax.custom_vjp keeps, in a pytree of one structure whichever inputs are differentiated.
 
 With symbolic_zeros JAX traces a forward rule once for each set of differentiated inputs, but it remembers the structure
-of the residuals once, of whichever it traced last: jax.grad(f), jax.grad(f, (0, 1)) and jax.grad(jax.checkpoint(f)) of
-the same f would fail. Shapes it does remember. So what isn't kept is an array without elements here, not None, and so
-are the names that the backward rule has to know.
+of the residuals, and which of them vmap maps over, once: of whichever set it traced last. Then jax.grad(f),
+jax.grad(f, (0, 1)) and jax.grad(jax.checkpoint(f)) of the same f fail. Shapes it does remember. So what isn't kept is an
+array without elements here, not None, and so are the names that the backward rule has to know.
 """
 
 from __future__ import annotations
@@ -19,19 +19,14 @@ from jax import Array
 _ABSENT = (0, 271_828)
 
 
-def marked(tree: Any) -> Any:
-    """The tree with an array without elements for each None."""
-    return jax.tree.map(lambda x: jnp.zeros(_ABSENT, bool) if x is None else x, tree, is_leaf=lambda x: x is None)
+def absent(like: Array) -> Array:
+    """An array without elements, which vmap maps over where it maps over `like`."""
+    return jnp.broadcast_to(like.reshape(-1)[:0, None].astype(bool), _ABSENT)
 
 
-def unmarked(tree: Any) -> Any:
-    """The tree that `marked` was given."""
+def present(tree: Any) -> Any:
+    """The tree with None for each array that is `absent`."""
     return jax.tree.map(lambda x: None if x.shape == _ABSENT and x.dtype == jnp.bool_ else x, tree)
-
-
-def nothing_of(tree: Any) -> Any:
-    """The tree with None for each array."""
-    return jax.tree.map(lambda _: None, tree)
 
 
 def as_array(chosen: Collection[str], names: Sequence[str]) -> Array:

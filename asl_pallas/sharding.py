@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas.bits import GROUP, cut
 from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.kernels.versions import vary_as_operands
 
 Names = tuple[str, ...]
 Axes = tuple[Names, ...]
@@ -129,7 +130,7 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     of_logits = specs["logits"]
     of_value = {"rows": PartitionSpec(*of_logits[:-1]), "elements": of_logits, None: None}[task.value]
     all_specs: dict[str, Any] = {**specs, "scalars": None if operands.scalars is None else PartitionSpec()}
-    return jax.shard_map(
+    on_mesh = jax.shard_map(
         body,
         mesh=layout.mesh,
         in_specs=(Operands(**all_specs),),
@@ -137,7 +138,8 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
         # Where none is taken JAX's default: under vmap it leaves out the axis that shares out the mapped dimension.
         axis_names=free if len(free) < len(kinds) else frozenset(),
         check_vma=False,
-    )(operands)
+    )
+    return vary_as_operands(on_mesh, operands)
 
 
 def _lay(operand: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
@@ -146,6 +148,19 @@ def _lay(operand: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
     if names_of(jax.typeof(operand).sharding.spec, operand.ndim) == names_of(spec, operand.ndim):
         return operand
     return jax.reshard(operand, NamedSharding(layout.mesh, spec))
+
+
+def on_any_mesh(function: Callable[..., Any], *arrays: Any) -> Any:
+    """function(*arrays), small results that all devices have, of arrays that may lie otherwise than each other.
+
+    Between Explicit axes JAX wants to be told who moves; as Auto ones it decides.
+    """
+    mesh = mesh_of(*jax.tree.leaves(arrays))
+    explicit = tuple(name for name, kind in kinds_of(mesh).items() if kind == AxisType.Explicit)
+    if not explicit:
+        return function(*arrays)
+    with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+        return jax.sharding.auto_axes(function, axes=explicit, out_sharding=PartitionSpec())(*arrays)
 
 
 def kinds_of(mesh: Any) -> dict[str, AxisType]:

@@ -6,20 +6,22 @@ module for several platforms (jax.export) it lowers each branch for all of them,
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, xla
 
-from asl_pallas.kernels.versions import narrows, quiet_triton
+from asl_pallas.kernels.versions import narrows, quiet_triton, some_cuda_device
 
 PLATFORMS = ("cpu", "tpu", "cuda")
+# What jax.export wants to hear before it writes Triton kernels to a module: JAX doesn't promise to read them forever.
+EXPORT_CHECKS = (jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton"),)
 
 _by_platform_p = Primitive("asl_pallas_by_platform")
 _by_platform_p.multiple_results = True
@@ -120,7 +122,9 @@ def _lowering(platform: str) -> Callable[..., Any]:
     lower = mlir.lower_fun(run, multiple_results=True)
 
     def rule(*context_and_leaves, **parameters):
-        with quiet_triton() if platform == "cuda" else contextlib.nullcontext():
+        if platform != "cuda":
+            return lower(*context_and_leaves, **parameters)
+        with quiet_triton(), some_cuda_device():
             return lower(*context_and_leaves, **parameters)
 
     return rule

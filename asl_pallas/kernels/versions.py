@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import Primitive
-from jax.interpreters import partial_eval
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 
 def reciprocal(x: Array, *, approx: bool = False) -> Array:
@@ -39,6 +39,38 @@ def vary_alike(operands: Any) -> Any:
         return lax.pcast(leaf, lacking, to="varying") if lacking else leaf
 
     return jax.tree.map(vary, operands)
+
+
+def vary_as_operands(function: Callable[[Any], Any], operands: Any) -> Any:
+    """function(operands), for a `function` that is a shard_map with check_vma=False inside of one that checks.
+
+    JAX forgets there what varies over the outer shard_map's manual axes, and then takes the results, and on the way
+    back the cotangents, for alike on all devices. Here all vary, alike, as the operands do, and derivatives too.
+    """
+    operands = vary_alike(operands)
+    names = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
+    if not names:
+        return function(operands)
+    forgetful = jax.tree.map(lambda leaf: _varying_p.bind(leaf, before=names, after=frozenset()), operands)
+    return jax.tree.map(lambda leaf: _varying_p.bind(leaf, before=frozenset(), after=names), function(forgetful))
+
+
+# The operand, with another note of what it varies over, where JAX's own lax.pcast would sum on the way back.
+_varying_p = Primitive("asl_pallas_varying")
+
+
+@_varying_p.def_abstract_eval
+def _noted(operand, *, before, after):
+    kept = operand.manual_axis_type.varying - before
+    return operand.update(manual_axis_type=operand.manual_axis_type.update(varying=kept | after))
+
+
+_varying_p.def_impl(lambda operand, **_: operand)
+mlir.register_lowering(_varying_p, lambda context, operand, **_: [operand])
+ad.deflinear2(
+    _varying_p, lambda cotangent, _, *, before, after: [_varying_p.bind(cotangent, before=after, after=before)]
+)
+batching.primitive_batchers[_varying_p] = lambda operands, dims, **names: (_varying_p.bind(*operands, **names), dims[0])
 
 
 def result_like(operand: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -73,6 +105,28 @@ def quiet_triton() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         yield
+
+
+@contextlib.contextmanager
+def some_cuda_device() -> Iterator[None]:
+    """Lowers Triton kernels also where neither this host nor the mesh in context has a GPU, as for jax.export.
+
+    From 0.11 on JAX asks for the device there, for its compute capability. Our kernels are the same for all; 0.10 takes
+    9.0 by itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    known = getattr(mesh, "abstract_device", None) or _default_device()
+    if jax.__version_info__ < (0, 11) or known.platform in ("gpu", "cuda", "rocm"):
+        yield
+        return
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(mesh.update(abstract_device=device)):
+        yield
+
+
+def _default_device() -> Any:
+    device: Any = jax.config.read("jax_default_device")
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
 
 
 def lacks_mosaic_gpu() -> str | None:

@@ -1,0 +1,71 @@
+"""A host without an accelerator writes modules for all of them, and reads them back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import labels_of, logits_of
+
+from asl_pallas import EXPORT_CHECKS, PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_top_k
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+# Enough elements for a kernel on each platform.
+ROWS, DEPTH, CLASSES = 260, 8, 1025
+FORMS = {"dense": np.asarray, "packed": PackedLabels.from_dense, "sparse": SparseLabels.from_dense}
+
+
+def round_trip(f: Any, *operands: Any) -> tuple[Any, str]:
+    """What the module gives when it is called here, and its text."""
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
+    exported = jax.export.export(jax.jit(f), platforms=PLATFORMS, disabled_checks=EXPORT_CHECKS)(*shapes)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.platforms == PLATFORMS
+    return again.call(*operands), exported.mlir_module()
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_loss_with_labels_in_every_form_goes_through_a_module_for_all_platforms(form, gradient):
+    def loss(x: Any, y: Any) -> Any:
+        return asymmetric_loss(x, y, axis=None)
+
+    f = jax.value_and_grad(loss) if gradient else loss
+    operands = logits_of((ROWS, CLASSES)), FORMS[form](labels_of((ROWS, CLASSES)))
+    found, text = round_trip(f, *operands)
+    assert_same(found, jax.jit(f)(*operands))
+    assert "tpu_custom_call" in text and "__gpu$xla.gpu.triton" in text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_head_goes_through_a_module_for_all_platforms(form):
+    def loss(f: Any, w: Any, y: Any) -> Any:
+        return linear_asymmetric_loss(f, w, y, axis=None)
+
+    random = np.random.default_rng(0)
+    features, kernel = (random.normal(size=n).astype(np.float32) for n in ((ROWS, DEPTH), (DEPTH, CLASSES)))
+    operands = features, kernel, FORMS[form](labels_of((ROWS, CLASSES)))
+    step = jax.value_and_grad(loss, (0, 1))
+    found, text = round_trip(step, *operands)
+    assert_same(found, jax.jit(step)(*operands))
+    assert "tpu_custom_call" in text and "__gpu$xla.gpu.triton" in text
+    found, _ = round_trip(lambda f, w: linear_top_k(f, w, 5), features, kernel)
+    assert_same(found, linear_top_k(features, kernel, 5))
+
+
+def test_a_mesh_of_cpus_in_context_is_no_hindrance():
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    shape = jax.ShapeDtypeStruct((ROWS, CLASSES + 7), jnp.float32)
+    with jax.set_mesh(mesh):
+        export = jax.export.export(jax.jit(asymmetric_loss), platforms=PLATFORMS, disabled_checks=EXPORT_CHECKS)
+        text = export(shape, jax.ShapeDtypeStruct(shape.shape, jnp.int8)).mlir_module()
+    assert "__gpu$xla.gpu.triton" in text
