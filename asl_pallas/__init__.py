@@ -2,6 +2,7 @@
 
 from asl_pallas.head import linear_asymmetric_loss, linear_top_k
 from asl_pallas.kernels.platforms import EXPORT_CHECKS
+from asl_pallas.label_checks import checked_labels
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import asymmetric_loss
 
@@ -10,6 +11,7 @@ __all__ = [
     "PackedLabels",
     "SparseLabels",
     "asymmetric_loss",
+    "checked_labels",
     "linear_asymmetric_loss",
     "linear_top_k",
 ]

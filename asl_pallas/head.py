@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -127,19 +127,17 @@ def linear_asymmetric_loss(
         features_spec=arguments.check_spec("features", features_spec, x.ndim),
         kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
     )
-    return _linear_asymmetric_loss(
-        call,
-        Arrays(
-            features=x,
-            kernel=w,
-            bias=arguments.check_bias(bias, w),
-            labels=label_array,
-            where=mask,
-            weights=arguments.check_weights("weights", weights, logits, axes),
-            pos_weight=arguments.check_weights("pos_weight", pos_weight, logits, axes),
-            scalars=tuple(traced) or None,
-        ),
+    arrays = Arrays(
+        features=x,
+        kernel=w,
+        bias=arguments.check_bias(bias, w),
+        labels=label_array,
+        where=mask,
+        weights=arguments.check_weights("weights", weights, logits, axes),
+        pos_weight=arguments.check_weights("pos_weight", pos_weight, logits, axes),
+        scalars=tuple(traced) or None,
     )
+    return _linear_asymmetric_loss(call, arguments.constants(arrays, w), arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +154,8 @@ class _Call:
     kernel_spec: PartitionSpec | None
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arrays) -> Array:
     *leading, _ = arrays.features.shape
     classes = arrays.kernel.shape[1]
     ndim = len(leading) + 1
@@ -168,6 +166,7 @@ def _linear_asymmetric_loss(call: _Call, arrays: Arrays) -> Array:
         array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
+    arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
     marked = reverse_mode_only("linear_asymmetric_loss", arrays._replace(scalars=None))
     arrays = marked._replace(scalars=arrays.scalars)
     arrays = Arrays(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
@@ -132,7 +132,7 @@ def asymmetric_loss(
         pos_weight=arguments.check_weights("pos_weight", pos_weight, x, axes),
         scalars=tuple(traced),
     )
-    return _asymmetric_loss(call, arrays)
+    return _asymmetric_loss(call, arguments.constants(arrays, x), arrays)
 
 
 class _Arrays(NamedTuple):
@@ -161,8 +161,8 @@ class _Call:
     logits_spec: PartitionSpec | None
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -> Array:
     *leading, classes = arrays.logits.shape
     ndim = len(leading) + 1
     dtype = compute_dtype(arrays.logits.dtype)
@@ -172,6 +172,7 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
+    arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
     arrays = reverse_mode_only("asymmetric_loss", arrays._replace(scalars=()))._replace(scalars=arrays.scalars)
     operands = Operands(
         logits=arrays.logits,
@@ -205,10 +206,6 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
                 "'xla' serves every axis"
             )
         plan = plan.plain()
-    elif plan.implementation is not None:
-        reason = kernels.refusal(plan.implementation, operands, call.labels)
-        if reason is not None:
-            raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {reason}")
     try:
         plan = dataclasses.replace(plan, layout=sharding.layout_of(arrays.logits, call.logits_spec))
     except sharding.CannotCutError as reason:
@@ -216,6 +213,10 @@ def _asymmetric_loss(call: _Call, arrays: _Arrays) -> Array:
         if plan.implementation != kernels.PLAIN:
             warnings.warn(f"{reason}; asymmetric_loss leaves the formula to XLA", stacklevel=3)
         plan = plan.plain()
+    if plan.implementation not in (None, kernels.PLAIN):
+        on_a_device = sharding.shard_of(plan.task, operands, plan.layout)
+        if refusal := kernels.refusal(plan.implementation, on_a_device, call.labels):
+            raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {refusal}")
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
     return sum_over(_loss(plan, vary_alike(operands)), tuple(axis for axis in call.axes if axis != ndim - 1))
 

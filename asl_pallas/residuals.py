@@ -2,8 +2,8 @@
 
 With symbolic_zeros JAX traces a forward rule once for each set of differentiated inputs, but it remembers the structure
 of the residuals, and which of them vmap maps over, once: of whichever set it traced last. Then jax.grad(f),
-jax.grad(f, (0, 1)) and jax.grad(jax.checkpoint(f)) of the same f fail. Shapes it does remember. So what isn't kept is an
-array without elements here, not None, and so are the names that the backward rule has to know.
+jax.grad(f, (0, 1)) and jax.grad(jax.checkpoint(f)) of the same f fail. Shapes it does remember. So what isn't kept is
+an array without elements here, not None, and so are the names that the backward rule has to know.
 """
 
 from __future__ import annotations

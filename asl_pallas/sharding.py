@@ -33,6 +33,9 @@ class Layout:
     mesh: Any
     axes: Axes
 
+    def parts(self, names: Names) -> int:
+        return math.prod(self.mesh.shape[name] for name in names)
+
     def spec(self, operand: Array, shape: tuple[int, ...], only: AxisType | None = None) -> PartitionSpec:
         """An operand of the logits' rank lies as they do, but for dimensions along which it is constant."""
         kinds = kinds_of(self.mesh)
@@ -101,17 +104,12 @@ def axes_of(array: Array, spec: PartitionSpec | None, kinds: dict[str, AxisType]
 
 def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands, layout: Layout) -> Result:
     """`run` on every device's shard, and the sums over the classes added up between those that share them out."""
-    shape = operands.logits.shape
     kinds = kinds_of(layout.mesh)
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
-    shapes = dict.fromkeys(operands.arrays(), shape)
     class_axes = layout.axes[-1]
-    classes = shape[-1] // math.prod(layout.mesh.shape[n] for n in class_axes)
-    words_are_cut = task.labels == "packed" and classes % GROUP == 0
-    if task.labels != "dense":
-        # Words lie as the logits do where a shard has whole groups of them. Else every device that shares the classes
-        # out has all of them, as it has all ids.
-        shapes["labels"] = (*shape[:-1], operands.labels.shape[-1] if words_are_cut else ALIKE)
+    classes = operands.logits.shape[-1] // layout.parts(class_axes)
+    words_are_cut = _words_are_cut(task, classes)
+    shapes = _shapes(task, operands, layout)
     if AxisType.Explicit in kinds.values():
         operands = operands._replace(**{n: _lay(o, layout, shapes[n]) for n, o in operands.arrays().items()})
     specs = {name: layout.spec(operand, shapes[name]) for name, operand in operands.arrays().items()}
@@ -140,6 +138,36 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
         check_vma=False,
     )
     return vary_as_operands(on_mesh, operands)
+
+
+def shard_of(task: Task, operands: Operands, layout: Layout | None) -> Operands:
+    """The shapes and dtypes of one device's part."""
+
+    def shard(operand: Any, shape: tuple[int, ...]) -> Any:
+        names = [] if layout is None else names_of(layout.spec(operand, shape), operand.ndim)
+        parts = [1 if layout is None else layout.parts(of_dimension) for of_dimension in names]
+        sizes = tuple(n // k for n, k in zip(operand.shape, parts, strict=True)) if parts else operand.shape
+        return jax.ShapeDtypeStruct(sizes, operand.dtype)
+
+    shapes = {} if layout is None else _shapes(task, operands, layout)
+    return operands._replace(**{name: shard(o, shapes.get(name, ())) for name, o in operands.arrays().items()})
+
+
+def _shapes(task: Task, operands: Operands, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Of what shape an operand is where it lies as the logits do, by name."""
+    shape = operands.logits.shape
+    shapes = dict.fromkeys(operands.arrays(), shape)
+    if task.labels != "dense":
+        # Words lie as the logits do where a shard has whole groups of them. Else every device that shares the classes
+        # out has all of them, as it has all ids.
+        are_cut = _words_are_cut(task, shape[-1] // layout.parts(layout.axes[-1]))
+        shapes["labels"] = (*shape[:-1], operands.labels.shape[-1] if are_cut else ALIKE)
+    return shapes
+
+
+def _words_are_cut(task: Task, classes: int) -> bool:
+    """Whether the words of a shard's classes are whole groups."""
+    return task.labels == "packed" and classes % GROUP == 0
 
 
 def _lay(operand: Array, layout: Layout, shape: tuple[int, ...]) -> Array:
