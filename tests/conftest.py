@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -35,8 +36,27 @@ def pytest_configure(config: pytest.Config) -> None:
 LONGEST = ("test_checkpoints.py", "test_processes.py", "test_example.py")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _mark_most_as_long(items)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def _mark_most_as_long(items: list[pytest.Item]) -> None:
+    """Of a test with many parameters and the mark mostly_long(short=n), all but n are long; these are spread evenly."""
+    groups: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("mostly_long"):
+            groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for group in groups.values():
+        mark = group[0].get_closest_marker("mostly_long")
+        n = len(group)
+        # Steps that share no divisor with how many there are meet every value of every parameter in turn.
+        step = next(step for step in range(math.ceil(0.618 * n), 2 * n + 2) if math.gcd(step, n) == 1)
+        kept = {i * step % n for i in range(mark.kwargs["short"] if mark else 0)}
+        for i, item in enumerate(group):
+            if i not in kept:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """A pytest plugin: `--executed-lines FILE` writes which lines of asl_pallas/ each test executes, and what it costs.
 
 Most of the package runs while JAX traces, and what one test has traced the next one finds in a cache: so JAX's caches
-are cleared before each test. Lines that child processes execute aren't seen. `mutations` reads the file.
+are cleared before each test function, though not between its parameters. Lines that child processes execute aren't
+seen. `mutations` reads the file.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class _ExecutedLines:
         self._file = Path(config.getoption(FLAG))
         self._is_worker = hasattr(config, "workerinput")  # of xdist, which sends its reports to the controller
         self._lines: set[tuple[str, int]] = set()
+        self._function = ""
         self._tests: dict[str, Any] = {}
         if sys.version_info >= (3, 12):
             self._monitor()
@@ -68,7 +70,10 @@ class _ExecutedLines:
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         import jax
 
-        jax.clear_caches()
+        function = item.nodeid.partition("[")[0]
+        if function != self._function:
+            jax.clear_caches()
+            self._function = function
         self._lines.clear()
         yield
 
@@ -89,6 +94,11 @@ class _ExecutedLines:
         known.update(next((value for name, value in report.user_properties if name == "executed"), {}))  # type: ignore[call-overload]
 
     def pytest_sessionfinish(self) -> None:
+        if sys.version_info >= (3, 12):
+            monitoring: Any = sys.monitoring  # type: ignore[attr-defined,unused-ignore]
+            monitoring.free_tool_id(monitoring.COVERAGE_ID)
+        else:
+            sys.settrace(None)
         if not self._is_worker:
             before = json.loads(self._file.read_text()) if self._file.exists() else {}
             self._file.write_text(json.dumps(before | self._tests, indent=0) + "\n")

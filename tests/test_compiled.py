@@ -25,7 +25,11 @@ LOGITS_BYTES = 2 * SHAPE[0] * SHAPE[1]
 FEW = 4 * 2**20  # of temporaries
 
 
-@pytest.fixture(params=targets.TARGETS)
+# One chip of either kind stands for the others in `make test`.
+CHIPS = [pytest.param(chip, marks=[] if chip in ("v5e", "h100") else pytest.mark.long) for chip in targets.TARGETS]
+
+
+@pytest.fixture(params=CHIPS)
 def target(request: pytest.FixtureRequest) -> str:
     """A chip that can be compiled for. Without its compiler: a skip with the reason, in CI a failure."""
     return available(request.param)
@@ -79,6 +83,7 @@ def test_forward_alone_writes_no_gradient(target):
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= FEW
 
 
+@pytest.mark.mostly_long(short=10)
 @pytest.mark.parametrize(
     ("logits", "labels"),
     [
@@ -147,6 +152,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.mostly_long(short=14)
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_every_argument_compiles_into_the_kernel_without_temporaries(target, case):
     static, arrays = ARGUMENTS[case]
@@ -178,12 +184,14 @@ def test_a_gradient_over_donated_logits_saves_their_size_and_logits_in_use_are_n
     assert needed(donate=True, keep=True) <= needed(donate=False, keep=True) + FEW  # a copy where the gradient would be
 
 
+@pytest.mark.mostly_long(short=12)
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (33, 257), (1, 9605), (4096, 80), (2, 3, 5, 257), (64, 100_000)])
 def test_any_shape_compiles(target, shape):
     compiled = targets.compile_for(target, total(implementation=kernel_of(target)), *operands(shape))
     assert holds_kernel(target, compiled)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("shape", [(262144, 80), (4096, 600), (4096, 9605), (64, 2**20)])
 @pytest.mark.parametrize("labels", ["int8", "bool"])
 @pytest.mark.parametrize("target", targets.TPU)
@@ -199,6 +207,7 @@ def test_whatever_the_shape_a_tpu_copies_nothing_to_read_it(target, shape, label
         assert read_and_written is not None and read_and_written <= 1.05 * 5 * shape[0] * shape[1]
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("name", ["8x20-f32-int8", "64x80-f32-int8", "64x600-f32-int8"])
 def test_a_small_problem_takes_no_more_cycles_than_the_closed_form_under_xla(name):
     """By v6e's schedule, where XLA does best: the start of a kernel outlasts a few registers, which are XLA's then."""
@@ -212,6 +221,7 @@ def test_a_small_problem_takes_no_more_cycles_than_the_closed_form_under_xla(nam
     assert 0 < cycles <= 1.1 * theirs
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("shape", [(32, 8192), (256, 1024), (4096, 64)])
 def test_the_least_problem_that_the_kernel_gets_takes_no_more_cycles_than_the_closed_form_under_xla(shape):
     available("v6e")
@@ -251,6 +261,7 @@ TRANSFORMED = {
 }
 
 
+@pytest.mark.mostly_long(short=8)
 @pytest.mark.parametrize("case", TRANSFORMED)
 def test_transformed_it_is_still_the_kernel(target, case):
     assert holds_kernel(target, targets.compile_for(target, TRANSFORMED[case], X, Y))
@@ -301,6 +312,7 @@ def test_on_v5e_1024_elements_take_twelve_cycles_nothing_spills_and_few_labels_c
     assert len(few) == 2 and all(-1 < more.figure <= more.bound for more in few)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(
     ("target", "logits", "mode", "bundles"),
     [
@@ -329,6 +341,7 @@ def test_few_labels_spill_next_to_nothing(form, spills):
     assert schedule.on_tpu("v5e", case, contenders.default("v5e"), cases.GRADIENT)["spills"] <= spills
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(
     ("shape", "logits", "bundles"), [((4096, 9605), "bfloat16", 11.9), ((262144, 80), "float32", 11.8)]
 )
@@ -340,6 +353,7 @@ def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that
     assert figures["spills"] == 0
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605), (4096, 80), (4096, 601), (4096, 33)])
 @pytest.mark.parametrize("f", [asymmetric_loss, total()], ids=["forward", "value and gradient"])
 def test_on_h100_nothing_spills_and_rows_of_any_length_load_16_bytes(f, shape):
@@ -360,6 +374,7 @@ def mosaic_gpu() -> Callable[..., Any]:
     return functools.partial(asymmetric_loss, implementation="mosaic_gpu")
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("case", [case for case in ARGUMENTS if case != "where by element"])
 def test_every_argument_compiles_into_the_mosaic_gpu_kernel_without_temporaries(mosaic_gpu, case):
     static, arrays = ARGUMENTS[case]
@@ -372,6 +387,7 @@ def test_every_argument_compiles_into_the_mosaic_gpu_kernel_without_temporaries(
     assert targets.temporary_bytes(compiled) <= FEW
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("case", ["vmap", "float16", "float32 labels", "many leading dimensions", "64-bit types"])
 def test_any_call_compiles_into_the_mosaic_gpu_kernel(mosaic_gpu, case):
     def f(x: Any, y: Any) -> Any:
@@ -388,6 +404,7 @@ def test_any_call_compiles_into_the_mosaic_gpu_kernel(mosaic_gpu, case):
     assert targets.temporary_bytes(compiled) <= FEW
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605)])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_mosaic_gpu_kernel_loads_by_the_copy_engine_and_spills_nothing(

@@ -102,6 +102,7 @@ def assert_parity(parameters: dict[str, Any], labels: Any, form: str = "dense", 
         assert worst <= allowed, f"{name}: {worst:.3g}, allowed {allowed:.3g}"
 
 
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("classes", "chunk_size", "axis"), [(1, None, -1), (257, 100, None), (9605, None, -1), (9605, 4096, None)]

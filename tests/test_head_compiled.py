@@ -36,6 +36,7 @@ def step(axis: int | None = None) -> Any:
     return jax.value_and_grad(total, (0, 1, 2))
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(
     ("form", "axis", "classes", "kernel", "most"),
     [

@@ -129,6 +129,7 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
         assert cpu.pieces == 1 or width >= 1024
 
 
+@pytest.mark.mostly_long(short=5)
 @pytest.mark.parametrize("shape", [(1, 1), (300, 20), (257, 129), (130, 9605), (2100, 300)])
 @pytest.mark.parametrize(("value", "generation"), [("rows", None), ("rows", 6), ("elements", None), (None, None)])
 def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, monkeypatch):
@@ -172,6 +173,7 @@ def test_a_block_has_whole_chunks_however_much_an_element_takes(classes, value):
         assert form == "dense" or tpu.classes >= classes or 4096 % tpu.classes == 0
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("shape", [(1, 60_000), (3, 24_577), (2, 70_001), (100, 700), (33, 9605), (90_000, 1)])
 def test_streamed_is_the_whole_expression_over_every_edge(shape):
     random = np.random.default_rng(0)
@@ -198,6 +200,7 @@ def test_the_logarithm_for_the_cpu_errs_no_more_than_the_rounding_of_what_it_is_
     assert log(jnp.asarray([2.0], jax.dtypes.bfloat16)).dtype == jnp.bfloat16  # any other dtype is jnp's own
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_a_nan_comes_through_the_streamed_form(gamma_neg, gamma_pos, clip):
     x, y = np.zeros((100, 700), np.float32), np.zeros((100, 700), np.int8)
@@ -248,6 +251,7 @@ def test_the_cpu_keeps_its_temporaries_within_a_mebibyte(options):
         assert compiled.memory_analysis().temp_size_in_bytes <= 2**20 + words
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("options", [{}, {"axis": ()}, {"clip": 0.0}, {"weights": ((1024, 1), "float32")}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_the_cpu_the_gradient_takes_the_place_of_logits_that_nobody_else_needs(dtype, options):

@@ -217,6 +217,7 @@ def test_words_can_be_cut_anywhere(first):
         np.testing.assert_array_equal(found, dense[:, first : first + classes])
 
 
+@pytest.mark.mostly_long(short=9)
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -244,6 +245,7 @@ def test_either_form_goes_with_the_other_arguments(implementation, form):
     )
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("axis", [(), 0, (0, 1), (1, 2)], ids=str)
 def test_every_axis_gives_what_dense_labels_give(form, axis):
@@ -293,6 +295,7 @@ def test_the_cpu_streams_either_form_over_every_edge(form, shape):
     np.testing.assert_allclose(jax.jit(asymmetric_loss)(x, form.from_dense(y)), expected, rtol=2e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("form", KINDS)
 def test_the_loss_of_either_form_transforms_as_that_of_dense_labels(form):
     x, y = logits_of((3, 5, 130)), labels_of((3, 5, 130))

@@ -43,6 +43,7 @@ DTYPES = [
 REFUSED: dict[str, set[str]] = {"mosaic_tpu": {"float16"}, "triton": set()}
 
 
+@pytest.mark.mostly_long(short=12)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_loss_and_gradient_match_float64(implementation, gamma_neg, gamma_pos, clip):
     assert_parity(
@@ -77,6 +78,7 @@ def test_each_hyper_parameter_can_be_traced_while_the_others_are_not(implementat
     assert_parity(logits_of((5, 33)), labels_of((5, 33)), implementation=implementation, traced=traced, **options)
 
 
+@pytest.mark.mostly_long(short=12)
 @pytest.mark.parametrize(("logits_dtype", "labels_dtype"), DTYPES)
 def test_every_dtype_matches_float64_on_its_rounded_inputs(implementation, logits_dtype, labels_dtype):
     x, y = logits_of((33, 80), dtype=logits_dtype), labels_of((33, 80), dtype=labels_dtype)
@@ -102,6 +104,7 @@ def test_a_kernel_by_name_refuses_float64_logits(kernel):
         asymmetric_loss(np.zeros((3, 4)), np.zeros((3, 4), np.int8), implementation=kernel)
 
 
+@pytest.mark.mostly_long(short=12)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1), (33, 1), (1, 7), (33, 7), (33, 80), (1, 257), (1, 9605), (33, 9605), (2, 40009), (2, 3, 5, 7), (7,), (1,)],
@@ -110,6 +113,7 @@ def test_every_size_matches_float64(implementation, shape):
     assert_parity(logits_of(shape), labels_of(shape), implementation=implementation)
 
 
+@pytest.mark.mostly_long(short=18)
 @pytest.mark.parametrize("shape", [(0, 1), (0, 80), (3, 0, 80), (3, 0), (0,), (0, 0)])
 @pytest.mark.parametrize("axis", [-1, (), None])
 def test_an_empty_batch_has_an_empty_loss_and_an_empty_gradient(implementation, shape, axis):
@@ -144,6 +148,7 @@ AXES = [-1, (), None]
 LIMITS = [(focus, axis, i == j) for i, focus in enumerate(FOCUSES) for j, axis in enumerate(AXES)]
 
 
+@pytest.mark.mostly_long(short=9)
 @pytest.mark.parametrize(("focus", "axis", "hard_too"), LIMITS)
 def test_extreme_logits_give_the_limits_of_the_formula(implementation, focus, axis, hard_too):
     extreme = [
@@ -297,6 +302,7 @@ def test_without_focus_and_margin_it_is_optax_sigmoid_binary_cross_entropy(imple
     np.testing.assert_allclose(slope, pull(jnp.asarray(ct))[0], rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 2.5])
 def test_with_one_gamma_and_no_margin_it_is_optax_sigmoid_focal_loss(implementation, gamma):
     """On logits where optax keeps its digits: it has 1 - p_t from a difference."""

@@ -54,6 +54,7 @@ def test_one_two_and_four_dimensions_give_the_same_losses(implementation):
     np.testing.assert_allclose(one, whole[5], rtol=1e-6)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("in_axis", [0, 1, 2])
 def test_vmap_over_any_leading_dimension_is_the_batched_call(implementation, in_axis):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
@@ -170,11 +171,13 @@ def true_second_derivative(x: Any, y: Any, **options: Any) -> Any:
     return (up - down) / (2 * step)
 
 
+@pytest.mark.mostly_long(short=8)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_reverse_over_reverse_is_the_curvature_of_float64(implementation, gamma_neg, gamma_pos, clip):
     assert_curvature(implementation, gamma_neg, gamma_pos, clip, "int8")
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_reverse_over_reverse_is_right_for_soft_labels(gamma_neg, gamma_pos, clip):
     assert_curvature(None, gamma_neg, gamma_pos, clip, "float32")
@@ -208,6 +211,7 @@ def test_the_curvature_at_a_logit_of_exactly_zero_is_right(gamma_neg, gamma_pos,
     np.testing.assert_allclose(found, true_second_derivative(x, y, **options), atol=2e-6)
 
 
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("labels_dtype", ["int8", "float32"])
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_the_curvature_is_finite_at_infinity_and_beside_the_margin(gamma_neg, gamma_pos, clip, labels_dtype):
