@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.experimental import checkify
 
 from asl_pallas.bits import PADDING
@@ -104,7 +104,11 @@ def _first_bad(labels: Array, where: Array | None, ignore_label: int | None) -> 
     """Whether any label is bad, and the first one that is, of arrays that may lie in any way on a mesh."""
 
     def look(labels: Array, where: Array | None) -> tuple[Array, Array]:
-        bad = jnp.broadcast_to(_bad(labels, where, ignore_label), labels.shape)
-        return jnp.any(bad), labels.reshape(-1)[jnp.argmax(bad)] if labels.size else jnp.zeros((), labels.dtype)
+        bad = jnp.broadcast_to(_bad(labels, where, ignore_label), labels.shape).reshape(-1)
+        if not bad.size:
+            return jnp.any(bad), jnp.zeros((), labels.dtype)
+        # No index: JAX makes its constants while it traces, which a transfer guard forbids.
+        is_first = lax.iota(jnp.int32, bad.size) == jnp.argmax(bad)
+        return jnp.any(bad), jnp.sum(jnp.where(is_first, labels.reshape(-1), 0), dtype=labels.dtype)
 
     return on_any_mesh(look, labels, where)

@@ -12,6 +12,7 @@ from cases import GAMMAS_AND_CLIP, assert_parity, cotangent_of, labels_of, logit
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
+from reference import float64
 
 BACKENDS = {"triton": "gpu", "mosaic_tpu": "tpu"}
 CUSTOM_CALLS = {"triton": "gpu.triton", "mosaic_tpu": "tpu_custom_call"}
@@ -127,6 +128,54 @@ def test_mosaic_gpu_by_name_matches_float64(shape, logits, labels):
     assert_parity(x, y, implementation="mosaic_gpu")
     assert_parity(x, y, implementation="mosaic_gpu", gamma_neg=0, gamma_pos=0.5, clip=0)
     assert_parity(x, y, implementation="mosaic_gpu", axis=())
+
+
+@pytest.mark.parametrize("setting", [*GAMMAS_AND_CLIP, (17.0, 1.0, 0.05), (4.0, 2.5, 0.05)])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("axis", [-1, ()])
+def test_a_nan_comes_out_where_it_went_in(kernel, setting, label, axis):
+    """By the chip's own instructions, of which some drop a NaN."""
+    x, at = logits_of((33, 257)), (7, 200)
+    x[at] = np.nan
+    y = jnp.zeros(x.shape, jnp.int8).at[at].set(label)
+    options = dict(zip(("gamma_neg", "gamma_pos", "clip"), setting, strict=True))
+    traced = {name: jnp.float32(number) for name, number in options.items()}
+    for arguments in (options, traced):
+        value, pull = jax.vjp(lambda x, a=arguments: asymmetric_loss(x, y, axis=axis, implementation=kernel, **a), x)
+        assert np.argwhere(np.isnan(value)).tolist() == [list(at[: value.ndim])]
+        assert np.argwhere(np.isnan(pull(jnp.ones_like(value))[0])).tolist() == [list(at)]
+
+
+@pytest.mark.parametrize("classes", [100_000, 1_000_000])
+def test_a_large_loss_among_small_ones_takes_none_of_their_sum(kernel, classes):
+    x, y = np.full((2, classes), -8.0, np.float32), np.zeros((2, classes), np.int8)
+    x[:, classes // 3], y[:, classes // 3] = -1e4, 1
+    options: dict[str, Any] = {"gamma_neg": 0.0, "gamma_pos": 0.0, "clip": 0.0}
+    truth = float64.asymmetric_loss(x, y, **options)
+    by_name = [kernel, *(["mosaic_gpu"] if kernel == "triton" and lacks_mosaic_gpu() is None else [])]
+    for implementation in by_name:
+        value = asymmetric_loss(x, y, implementation=implementation, **options)
+        assert np.all(np.abs(value - truth) <= (np.log2(classes) + 6) * np.finfo(np.float32).eps * truth)
+
+
+@pytest.mark.parametrize("classes", [20, 128, 527])
+def test_as_many_ids_as_classes_are_no_labels_per_element(kernel, classes):
+    x, y = logits_of((classes, classes)), labels_of((classes, classes))
+    few = SparseLabels.from_dense(y, k=classes)
+    for labels in (few, few.to_packed()):
+        found = asymmetric_loss(x, labels, implementation=kernel)
+        np.testing.assert_allclose(found, asymmetric_loss(x, y, implementation=kernel), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(33, 20), (33, 527), (33, 9605)])
+def test_with_64_bit_types_the_kernel_computes_the_same(kernel, shape):
+    x, y = logits_of(shape), labels_of(shape)
+    expected = asymmetric_loss(x, y, implementation=kernel)
+    with jax.enable_x64(True):
+        found = asymmetric_loss(x, y, implementation=kernel, gamma_neg=jnp.float64(4.0))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        few = asymmetric_loss(x, SparseLabels.from_dense(y), implementation=kernel)
+        np.testing.assert_allclose(few, expected, rtol=1e-6)
 
 
 def test_second_derivatives_and_vmap_run_on_the_chip(kernel):
