@@ -125,7 +125,8 @@ def some_cuda_device() -> Iterator[None]:
 
 
 def _default_device() -> Any:
-    device: Any = jax.config.read("jax_default_device")
+    config: Any = jax.config  # whose attributes the type checker does not know
+    device = config.jax_default_device
     return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
 
 
