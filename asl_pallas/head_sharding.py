@@ -70,9 +70,20 @@ def layout_of(
             "features_spec=PartitionSpec(...) and kernel_spec=PartitionSpec(...)"
         )
     layout = HeadLayout(mesh, of_features[:-1], *of_kernel)
-    if both := set(layout.examples) & set(layout.classes):
+    both = set(layout.examples) & set(layout.classes)
+    if both and all(kinds[name] == AxisType.Explicit for name in both):
+        # No product can lie so. `lay` moves the kernel: over d, as in fully sharded training, or else whole.
+        depth = (*layout.depth, *(name for name in layout.classes if name in both))
+        layout = HeadLayout(
+            mesh,
+            layout.leading,
+            layout.depth if kernel.shape[0] % layout.parts(depth) else depth,
+            tuple(name for name in layout.classes if name not in both),
+        )
+    elif both:
         raise CannotCutError(f"the mesh axes {', '.join(sorted(both))} share out both the examples and the classes")
-    dimensions = zip((*features.shape[:-1], *kernel.shape), (*layout.leading, *of_kernel), strict=True)
+    of_dimensions = (*layout.leading, layout.depth, layout.classes)
+    dimensions = zip((*features.shape[:-1], *kernel.shape), of_dimensions, strict=True)
     for size, names in dimensions:
         if size % layout.parts(names):
             raise CannotCutError(f"a dimension of {size} is cut into {layout.parts(names)} unequal parts")

@@ -250,6 +250,27 @@ def test_an_operand_that_lies_otherwise_on_explicit_axes_is_moved_without_jit_to
         assert_same(f(placed), expected)
 
 
+@pytest.mark.parametrize("depth", [8, 4, 3])
+@pytest.mark.parametrize("of_kernel", [P(None, "a"), P("b", "a"), P(None, ("a", "b"))], ids=str)
+def test_a_kernel_whose_classes_lie_over_the_axis_of_the_examples_is_moved(of_kernel, depth):
+    if depth == 3 and of_kernel[0]:
+        of_kernel = P(None, "a")
+    random = np.random.default_rng(5)
+    f, w = (random.normal(size=n).astype(np.float32) for n in ((ROWS, depth), (depth, CLASSES)))
+    y = labels_of((ROWS, CLASSES))
+
+    def run(f: Any, w: Any) -> Any:
+        gradients = jax.grad(lambda f, w: linear_asymmetric_loss(f, w, y, chunk_size=16).sum(), (0, 1))(f, w)
+        return gradients, linear_top_k(f, w, 3, chunk_size=16)
+
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        on_mesh = put(f, mesh, P("a")), put(w, mesh, of_kernel)
+        found = jax.jit(run)(*on_mesh)
+    assert_same(found, run(jnp.asarray(f), jnp.asarray(w)))
+    assert found[0][1].sharding.is_equivalent_to(on_mesh[1].sharding, 2)
+
+
 @pytest.mark.parametrize("kind", [*KINDS, None])
 @pytest.mark.parametrize("masked", [False, True])
 def test_wrong_labels_are_named_however_they_lie_and_under_a_transfer_guard(kind, masked):
