@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss
+from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_top_k
 
 ROWS, CLASSES, DEPTH = 6, 20, 5
 RANDOM = np.random.default_rng(0)
@@ -77,12 +77,13 @@ def results(function: Any, form: str, jit: bool, *given: Any) -> Any:
 
 @contextlib.contextmanager
 def setting(name: str, value: Any) -> Iterator[None]:
-    before = jax.config.read(name)
-    jax.config.update(name, value)
+    config: Any = jax.config
+    before = getattr(config, name)
+    config.update(name, value)
     try:
         yield
     finally:
-        jax.config.update(name, before)
+        config.update(name, before)
 
 
 SWITCHES: dict[str, Callable[[], Any]] = {
@@ -108,16 +109,50 @@ CASES = [
 ]
 
 
+@pytest.mark.mostly_long(short=24)
 @pytest.mark.parametrize(("function", "form"), CASES)
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.filterwarnings("ignore:.*Finished tracing.*")
 def test_a_debugging_switch_changes_no_result(function, form, switch):
     given = arguments(function, form)
     expected = results(function, form, True, *given)
-    jits = (False,) if switch == "disable_jit" else (False, True)
+    # Without jit JAX's own jax.grad moves a number to the device, and looking for leaks takes minutes.
+    jits = {"disable_jit": (False,), "transfer_guard": (True,), "checking_leaks": (True,)}.get(switch, (False, True))
     for jit in jits:
         with SWITCHES[switch]():
             found = jax.block_until_ready(results(function, form, jit, *given))
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert ours.dtype == theirs.dtype
             np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_debugging_switch_changes_no_label(switch):
+    features, kernel, bias = (jnp.asarray(a) for a in (FEATURES, KERNEL, BIAS))
+    run = jax.jit(lambda *a: linear_top_k(a[0], a[1], 3, bias=a[2], chunk_size=8))
+    expected = run(features, kernel, bias)
+    with SWITCHES[switch]():
+        found = run(features, kernel, bias)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [loss, head_total])
+@pytest.mark.parametrize("jit", [False, True])
+def test_debug_nans_names_a_nan_in_a_sentence(function, jit):
+    """It was a RecursionError, and 210 lines of operations run one by one."""
+    x, y, arrays, gamma = arguments(function, "int8")
+    x = jax.tree.map(lambda a: a.at[0].set(jnp.nan), x)
+    step = jax.value_and_grad(function)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        (jax.jit(step) if jit else step)(x, y, arrays | {"where": jnp.ones_like(arrays["where"])}, gamma)
+
+
+def test_a_compilation_cache_serves_a_second_process_of_the_same_call():
+    """Its key comes from the lowered program, which therefore has to be the same every time."""
+    x, y = jnp.asarray(LOGITS), jnp.asarray(LABELS)
+
+    def text() -> str:
+        jax.clear_caches()
+        return jax.jit(jax.value_and_grad(lambda x, y: asymmetric_loss(x, y).sum())).lower(x, y).as_text()
+
+    assert text() == text()
