@@ -328,6 +328,7 @@ def test_a_result_that_nobody_asks_for_is_not_computed(platform, mapped):
         assert [line.endswith(":2") for line in (*both, *gradient, *value)] == [True, False, False]
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("kernel", [mosaic_tpu, triton])
 @pytest.mark.parametrize("shape", [(40, 3000), (300, 130), (1, 5000)])
 def test_blocks_of_rows_and_of_classes_meet_without_a_gap(kernel, shape):
