@@ -129,7 +129,7 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
         assert cpu.pieces == 1 or width >= 1024
 
 
-@pytest.mark.mostly_long(short=5)
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("shape", [(1, 1), (300, 20), (257, 129), (130, 9605), (2100, 300)])
 @pytest.mark.parametrize(("value", "generation"), [("rows", None), ("rows", 6), ("elements", None), (None, None)])
 def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, monkeypatch):
