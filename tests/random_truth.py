@@ -239,6 +239,9 @@ class Truth:
         if roundings:  # beyond the largest number of the dtype it is infinite
             most = float(jnp.finfo(roundings[-1]).max)
             excess = np.where((abs(truth) > most * (1 - 1e-2)) & np.isinf(found.astype(np.float64)), -1.0, excess)
+        if np.isinf(self.data.arrays.get("pos_weight", np.zeros(1)).astype(np.float64)).any():
+            # Infinity times what is too small for a float32 has no value there.
+            excess = np.where(np.isnan(careful) & ~np.isnan(truth), -1.0, excess)
         wrong = (excess > 0).reshape(n, -1).any(1)
         if not wrong.any():
             return wrong, ""

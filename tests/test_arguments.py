@@ -105,6 +105,7 @@ def assert_row(row: dict[str, Any], implementation: str) -> None:
     assert not slope[out].astype(np.float32).any()
 
 
+@pytest.mark.mostly_long(short=22)
 @pytest.mark.parametrize("row", alone(), ids=label_of_row)
 def test_every_argument_alone_matches_float64(implementation, row):
     assert_row(row, implementation)

@@ -101,6 +101,7 @@ def test_every_dtype_that_a_kernel_serves_needs_no_copy(target, logits, labels):
     assert targets.temporary_bytes(compiled) <= FEW
 
 
+@pytest.mark.long
 def test_float16_runs_in_a_kernel_on_cuda_and_in_jnp_on_tpu(target):
     compiled = targets.compile_for(target, total(), *operands(logits="float16"))
     assert holds_kernel(target, compiled) == (target in targets.CUDA)
@@ -165,6 +166,7 @@ def test_every_argument_compiles_into_the_kernel_without_temporaries(target, cas
     assert targets.temporary_bytes(compiled) <= FEW
 
 
+@pytest.mark.long
 def test_a_gradient_over_donated_logits_saves_their_size_and_logits_in_use_are_not_touched(target):
     def step(features: Any, kernel: Any, y: Any, donate: bool, keep: bool) -> Any:
         def loss(kernel: Any) -> Any:
@@ -207,7 +209,7 @@ def test_whatever_the_shape_a_tpu_copies_nothing_to_read_it(target, shape, label
         assert read_and_written is not None and read_and_written <= 1.05 * 5 * shape[0] * shape[1]
 
 
-@pytest.mark.mostly_long(short=1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["8x20-f32-int8", "64x80-f32-int8", "64x600-f32-int8"])
 def test_a_small_problem_takes_no_more_cycles_than_the_closed_form_under_xla(name):
     """By v6e's schedule, where XLA does best: the start of a kernel outlasts a few registers, which are XLA's then."""
@@ -221,7 +223,7 @@ def test_a_small_problem_takes_no_more_cycles_than_the_closed_form_under_xla(nam
     assert 0 < cycles <= 1.1 * theirs
 
 
-@pytest.mark.mostly_long(short=1)
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(32, 8192), (256, 1024), (4096, 64)])
 def test_the_least_problem_that_the_kernel_gets_takes_no_more_cycles_than_the_closed_form_under_xla(shape):
     available("v6e")
@@ -274,12 +276,14 @@ def test_with_64_bit_types_enabled_the_kernel_still_compiles(target):
         assert targets.temporary_bytes(compiled) <= FEW
 
 
+@pytest.mark.long
 def test_64_bit_labels_are_read_by_the_kernel_on_cuda_and_left_to_xla_on_tpu(target):
     with jax.enable_x64(True):
         compiled = targets.compile_for(target, total(), *operands(labels="int64"))
         assert holds_kernel(target, compiled) == (target in targets.CUDA)
 
 
+@pytest.mark.long
 def test_float64_is_left_to_xla(target):
     with jax.enable_x64(True):
         compiled = targets.compile_for(target, total(), *operands((64, 1000), logits="float64"))
@@ -302,6 +306,7 @@ def test_a_host_without_an_accelerator_exports_the_kernels():
     assert jnp.allclose(value, total()(x, y)[0], rtol=1e-6) and slope.dtype == jnp.bfloat16
 
 
+@pytest.mark.long
 def test_on_v5e_1024_elements_take_twelve_cycles_nothing_spills_and_few_labels_cost_hardly_more():
     """By the compiler's own schedule, all loops counted: 11.97, with a tenth for another compiler. Packed 0.16 more, 16
     ids a row 0.72."""
@@ -312,7 +317,7 @@ def test_on_v5e_1024_elements_take_twelve_cycles_nothing_spills_and_few_labels_c
     assert len(few) == 2 and all(-1 < more.figure <= more.bound for more in few)
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("target", "logits", "mode", "bundles"),
     [
@@ -333,6 +338,7 @@ def test_other_chips_dtypes_and_the_value_alone_keep_to_their_schedules(target, 
     assert figures["spills"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("form", "spills"), [("packed", 0), ("sparse", 2)])
 def test_few_labels_spill_next_to_nothing(form, spills):
     """The two are in the loop that makes words of ids, once a group of 4096 classes; on jax 0.12 there are none."""
@@ -341,7 +347,7 @@ def test_few_labels_spill_next_to_nothing(form, spills):
     assert schedule.on_tpu("v5e", case, contenders.default("v5e"), cases.GRADIENT)["spills"] <= spills
 
 
-@pytest.mark.mostly_long(short=1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "logits", "bundles"), [((4096, 9605), "bfloat16", 11.9), ((262144, 80), "float32", 11.8)]
 )
@@ -353,7 +359,7 @@ def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that
     assert figures["spills"] == 0
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605), (4096, 80), (4096, 601), (4096, 33)])
 @pytest.mark.parametrize("f", [asymmetric_loss, total()], ids=["forward", "value and gradient"])
 def test_on_h100_nothing_spills_and_rows_of_any_length_load_16_bytes(f, shape):

@@ -240,6 +240,7 @@ def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
         np.testing.assert_allclose(ours_now, theirs_now, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
 def test_heads_and_forms_of_labels_have_equal_learning_curves():
     """The fused head and packed or sparse labels train to the weights of the dense head and labels, to rounding."""
 

@@ -112,6 +112,7 @@ def test_labels_of_all_forms_give_what_float64_gives(form, classes, chunk_size, 
     assert_parity(parameters, labels_of((6, classes)), form, axis=axis, chunk_size=chunk_size)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(
     ("dtype", "kernel_dtype", "axis"),
     [

@@ -36,7 +36,7 @@ def step(axis: int | None = None) -> Any:
     return jax.value_and_grad(total, (0, 1, 2))
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(
     ("form", "axis", "classes", "kernel", "most"),
     [
@@ -68,6 +68,7 @@ def assert_kernel_is_not_copied(compiled: Any, classes: int) -> None:
     assert not made
 
 
+@pytest.mark.long
 def test_forward_alone_and_top_k_need_next_to_nothing():
     f, w, b, labels = shapes("sparse")
     forward = targets.compile_for(available("v5e"), lambda f, w, y: linear_asymmetric_loss(f, w, y), f, w, labels)

@@ -61,7 +61,7 @@ def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 # Shards of 512 classes cut groups of 4096 in parts, shards of 4096 don't.
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(
     ("kind", "form", "axis"), [(AxisType.Explicit, "packed", -1), (AxisType.Auto, "sparse", None)], ids=str
 )

@@ -129,7 +129,7 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
         assert cpu.pieces == 1 or width >= 1024
 
 
-@pytest.mark.mostly_long(short=5)
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("shape", [(1, 1), (300, 20), (257, 129), (130, 9605), (2100, 300)])
 @pytest.mark.parametrize(("value", "generation"), [("rows", None), ("rows", 6), ("elements", None), (None, None)])
 def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, monkeypatch):
@@ -328,6 +328,7 @@ def test_a_result_that_nobody_asks_for_is_not_computed(platform, mapped):
         assert [line.endswith(":2") for line in (*both, *gradient, *value)] == [True, False, False]
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("kernel", [mosaic_tpu, triton])
 @pytest.mark.parametrize("shape", [(40, 3000), (300, 130), (1, 5000)])
 def test_blocks_of_rows_and_of_classes_meet_without_a_gap(kernel, shape):

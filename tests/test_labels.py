@@ -274,6 +274,7 @@ def test_ids_come_in_any_order_and_number_and_what_is_no_class_counts_for_nothin
     np.testing.assert_allclose(loss(x, ids[:, :0]), asymmetric_loss(x, np.zeros_like(dense)), rtol=2e-6)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("form", KINDS)
 def test_blocks_of_rows_and_of_words_meet_without_a_gap(form):
     """Float32 logits by element in blocks of 2048 classes, so that two blocks share a group of words."""
@@ -287,6 +288,7 @@ def test_blocks_of_rows_and_of_words_meet_without_a_gap(form):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("shape", [(3, 66_000), (300, 500)])
 def test_the_cpu_streams_either_form_over_every_edge(form, shape):
@@ -295,7 +297,7 @@ def test_the_cpu_streams_either_form_over_every_edge(form, shape):
     np.testing.assert_allclose(jax.jit(asymmetric_loss)(x, form.from_dense(y)), expected, rtol=2e-5)
 
 
-@pytest.mark.mostly_long(short=1)
+@pytest.mark.long
 @pytest.mark.parametrize("form", KINDS)
 def test_the_loss_of_either_form_transforms_as_that_of_dense_labels(form):
     x, y = logits_of((3, 5, 130)), labels_of((3, 5, 130))

@@ -89,6 +89,7 @@ def test_every_dtype_matches_float64_on_its_rounded_inputs(implementation, logit
         assert_parity(x, y, implementation=implementation)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("labels_dtype", ["bool", "int8", "float32", "float64"])
 def test_float64_logits_are_computed_in_float64(labels_dtype):
     with jax.enable_x64(True):

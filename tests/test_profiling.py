@@ -88,6 +88,7 @@ def test_parity_says_why_a_kernel_does_not_serve_and_does_not_call_it_broken(mon
     assert {(row["status"], row["note"]) for row in rows} == {(results.UNSERVED, "it is for newer chips")}
 
 
+@pytest.mark.long
 def test_parity_passes_on_the_tree_and_fails_once_a_line_of_the_formula_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(parity, "DTYPES", ("float32", "bfloat16"))
     command = ["parity", "--quick", "--json", "--only", "ours-xla"]
@@ -438,6 +439,7 @@ def test_growth_is_the_slope_of_log_time_over_log_size():
     assert row.figures["slope"] == pytest.approx(1.25)
 
 
+@pytest.mark.long
 def test_on_an_absent_tpu_ours_is_at_the_floor_and_its_bundles_are_counted_loop_by_loop():
     available("v5e")
     case, ours = cases.ON_CHIP, contenders.default("v5e")
@@ -453,6 +455,7 @@ def test_on_an_absent_tpu_ours_is_at_the_floor_and_its_bundles_are_counted_loop_
     assert figures["limiting_unit"] and 0 < figures["limiting_share"] <= 1
 
 
+@pytest.mark.long
 def test_on_an_absent_h100_a_kernel_s_operands_count_as_traffic_and_its_instructions_are_counted():
     available("h100")
     case = cases.ON_CHIP
