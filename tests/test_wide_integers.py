@@ -91,7 +91,7 @@ HUGE = (3000, 2**20)  # 3,145,728,000 elements
 
 
 def offsets(form: str, shape: tuple[int, ...]) -> dict[str, int] | None:
-    """Bits of the largest offsets into arrays of each element type in the lowered Triton kernel, or None without one."""
+    """Bits of the largest offsets into arrays of each element type, or None where no Triton kernel was lowered."""
     from jax._src.interpreters import mlir
     from jax._src.lib import triton
     from jaxlib.mlir import ir
