@@ -199,13 +199,13 @@ def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -
         leaves_out=arrays.where is not None or call.ignore_label is not None,
     )
     if call.axes and not sums_classes:
-        # A sum over rows alone: a kernel would write every element's loss first; XLA doesn't, on TPU and CPU.
+        # A sum over rows alone: a kernel would write every element's loss first; XLA doesn't, on a TPU.
         if plan.implementation not in (None, "xla"):
             raise NotImplementedError(
                 f"implementation={plan.implementation!r} sums over the classes or not at all, and axis leaves them in; "
                 "'xla' serves every axis"
             )
-        plan = plan.plain()
+        plan = dataclasses.replace(plan, implementation="xla")
     try:
         plan = dataclasses.replace(plan, layout=sharding.layout_of(arrays.logits, call.logits_spec))
     except sharding.CannotCutError as reason:
