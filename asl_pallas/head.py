@@ -63,7 +63,8 @@ def linear_asymmetric_loss(
       chunk_size: classes at a time, a Python int; None for as many as fit the chip's fast memory. One that doesn't
         divide the classes is fine. Other values change rounding, speed and memory alone.
       gamma_neg, gamma_pos, clip, where, weights, pos_weight, ignore_label, label_smoothing, stop_focus_gradient: as in
-        `asymmetric_loss`.
+        `asymmetric_loss`. Features of an example, or the kernel's column of a class, of which where or ignore_label
+        leave everything out may be NaN.
       axis: what is summed, as in `asymmetric_loss`; the classes have to be among it. None, the total, is the cheapest
         to train with: loss and gradients come from one pass, of three products. A loss an example has its cotangent
         to wait for: the backward pass computes the logits once more, for four products in all.
@@ -322,7 +323,7 @@ def linear_top_k(
 
     Returns:
       scores: (..., k), float32 logits (float64 for float64 features), best first. Their sigmoid is the probability.
-      ids: (..., k), int32. Of equal scores the lower id comes first.
+      ids: (..., k), int32. Of equal scores the lower id comes first; -0.0 comes after 0.0, as in jax.lax.top_k.
 
     Raises:
       ValueError, TypeError: an argument of the wrong kind, shape or range.

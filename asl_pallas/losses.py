@@ -50,30 +50,39 @@ def asymmetric_loss(
 
     times its weight. (0, 0, 0) for gamma_neg, gamma_pos and clip is sigmoid binary cross-entropy, (g, g, 0) is focal
     loss. When the call is differentiated, loss and gradient come from one pass over the logits, by a Pallas kernel on
-    TPU and GPU and by jnp on the CPU; no intermediate of the logits' size is made.
+    TPU and GPU and by jnp on the CPU; no intermediate of the logits' size is made, but for sums that leave the classes
+    in (see axis) and for derivatives with respect to labels, weights and pos_weight, which XLA takes of the formula.
 
     Args:
       logits: (..., classes), float32, bfloat16, float16 or float64. Arithmetic is in float32, in float64 for float64.
         Infinite logits give the limit, NaN gives NaN.
       labels: the logits' shape; bool, integers 0 and 1, or floats in [0, 1] (soft labels: each side keeps its own
         focus). Concrete labels outside of that raise. Traced ones can't be looked at: integers above 0 count as
-        positive, and floats enter the formula as they are. `PackedLabels` hold a bit an element and `SparseLabels` the
-        ids of the positives; the kernels read those, and no dense label is written to memory.
+        positive, and a float outside of [0, 1] gives NaN; `checked_labels` finds either. `PackedLabels` hold a bit an
+        element and `SparseLabels` the ids of the positives; the kernels read those, and no dense label is written to
+        memory.
       gamma_neg: focusing exponent of the negatives, >= 0.
       gamma_pos: focusing exponent of the positives, >= 0.
       clip: probability margin in [0, 1): negatives with p <= clip have neither loss nor gradient.
         These three are Python numbers, for which code is specialised, or traced scalars, so that one compilation
-        serves a schedule. A traced one can't be checked. None has a derivative.
+        serves a schedule. A traced one can't be checked. The loss has no derivative with respect to them; its
+        gradient has, by autodiff of the formula, as a step of gradient descent that is differentiated needs.
       axis: what is summed, as in jnp.sum. -1: one loss an example; (): one an element; None: the total. The official
         PyTorch code's loss is axis=None; a mean over examples is `asymmetric_loss(...).mean()`. A sum that leaves the
-        classes in, axis=0 say, is left to XLA, which on a GPU writes the losses of all elements first.
-      where: bool, broadcastable to the logits. False leaves an element out, even where its logit is NaN.
+        classes in, axis=0 say, is left to XLA, which on a GPU and a CPU writes the losses of all elements first.
+      where: bool, broadcastable to the logits. False leaves an element out, even where its logit, label or weight is
+        NaN: none of them is in the loss or in any gradient.
       weights: broadcastable to the logits; multiplies an element's loss. (classes,) weighs classes, (batch, 1)
         examples. One that varies along some leading dimensions and not along others is broadcast in memory first.
-      pos_weight: scalar or (classes,); multiplies the positive term, as in torch's BCEWithLogitsLoss.
-      ignore_label: an integer that marks an element as not annotated, -1 say; needs integer or bool labels, an element
-        each. Packed and sparse ones have no third value: leave elements out with where.
-      label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2.
+      pos_weight: broadcastable to the logits; multiplies the positive term, as in torch's BCEWithLogitsLoss. inf is
+        right for a class that has no positive. A vector goes along the last axis, as weights and where do; one that
+        could as well go along another axis that is summed is refused, and (classes, 1, 1) goes along axis 1 of images.
+      ignore_label: an integer that marks an element as not annotated, -1 say, which the labels' dtype has to hold;
+        needs integer or bool labels, an element each. Packed and sparse ones have no third value: leave elements out
+        with where.
+      label_smoothing: s in [0, 1), a Python number: labels become y * (1 - s) + s / 2, and each side keeps its own
+        focus. timm smooths the focus too, with p_t = p y + min(1 - p + clip, 1) (1 - y) of the smoothed y: that is
+        gamma_neg=0, gamma_pos=0 and weights of (1 - p_t)^(gamma_pos y + gamma_neg (1 - y)).
       stop_focus_gradient: the focusing factors (1 - p)^gamma_pos and p_m^gamma_neg count as constants in the gradient,
         the official code's disable_torch_grad_focal_loss.
       donate_logits: the gradient may take the logits' place in memory, as with jax.jit's donated arguments: in a train

@@ -201,3 +201,20 @@ def test_rows_classes_ids_and_words_may_be_equally_many(kernel, rows, classes, k
         for labels in (sparse, sparse.to_packed()):
             for found, expected in zip(evaluate(x, labels, ct, implementation=kernel, **options), dense, strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_timms_label_smoothing_is_what_the_docstring_says(clip):
+    """Its formula restated in float64: the focus is of the smoothed label, where ours is each side's own."""
+    x, y, s = RANDOM.normal(0, 3, (4, 6)), labels_of((4, 6)), 0.1
+    smoothed = y * (1 - s) + s / 2
+    p = 1 / (1 + np.exp(-x))
+    q_m = np.minimum(1 - p + clip, 1)
+    focus = (1 - (p * smoothed + q_m * (1 - smoothed))) ** (1 * smoothed + 4 * (1 - smoothed))
+    theirs = -(smoothed * np.log(p) + (1 - smoothed) * np.log(q_m)) * focus
+    found = asymmetric_loss(
+        np.float32(x), y, gamma_neg=0, gamma_pos=0, clip=clip, label_smoothing=s, weights=np.float32(focus), axis=()
+    )
+    np.testing.assert_allclose(found, theirs, rtol=1e-5, atol=1e-6)
+    ours = asymmetric_loss(np.float32(x), y, clip=clip, label_smoothing=s, axis=())
+    assert not np.allclose(ours, theirs, rtol=0.05)

@@ -20,7 +20,9 @@ def test_the_readme_s_python_runs(capsys):
     names: dict[str, Any] = {}
     for code in blocks:
         exec(compile(code, "README.md", "exec"), names)
-    assert float(capsys.readouterr().out) > 0
+    loss, wrong_label = capsys.readouterr().out.splitlines()
+    assert float(loss) > 0
+    assert wrong_label == "labels hold 2; expected 0 or 1 (`check` failed)"
     assert names["losses"].shape == names["ids"].shape[:1] == (3,)
     assert names["loss"] > 0 and jnp.any(names["gradients"].kernel[...] != 0)
     for form in ("dense", "packed"):

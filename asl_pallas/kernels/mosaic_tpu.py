@@ -27,7 +27,7 @@ from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
 
-# Scratch: a row's partial sums of a block, those of all blocks before it, and what the roundings of the latter lost.
+# Scratch: a row's partial sums of some blocks, those of all blocks before, and what the latter's roundings lost.
 _SUMS = ("sums", "total", "lost")
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
@@ -82,8 +82,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if task.value == "rows":
         outputs["value"] = result_like(operands.logits, (1, padded_rows), jnp.float32), by_row
         partial = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
-        # Of several blocks of classes, each adds up its own losses, and these sums are added without an error.
-        scratch.update(dict.fromkeys(_SUMS if grid[1] > 1 else _SUMS[:1], partial))
+        scratch.update(dict.fromkeys(_SUMS if tiling.blocks_of_a_sum(classes) else _SUMS[:1], partial))
     elif task.value == "elements":
         outputs["value"] = result_like(operands.logits, shape, jnp.float32), block
     if task.gradient:
@@ -340,9 +339,13 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
             walk(whole, whole + 1, of_class < classes % chunk)
 
     if "total" in scratch:
-        total, lost, sums = (scratch[name] for name in ("total", "lost", "sums"))
-        total[...], lost[...] = add_exactly(total[...], lost[...], sums[...])
-        sums[...] = jnp.zeros_like(sums)
+        total, lost = scratch["total"], scratch["lost"]
+        blocks = tiling.blocks_of_a_sum(classes)
+
+        @pl.when(jnp.logical_or(lax.rem(j, jnp.int32(blocks)) == blocks - 1, at_the_end))
+        def _add_to_total():
+            total[...], lost[...] = add_exactly(total[...], lost[...], scratch["sums"][...])
+            scratch["sums"][...] = jnp.zeros_like(scratch["sums"])
 
     if "sums" in scratch:
 
