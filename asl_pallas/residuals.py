@@ -21,7 +21,8 @@ _ABSENT = (0, 271_828)
 
 def absent(like: Array) -> Array:
     """An array without elements, which vmap maps over where it maps over `like`."""
-    return jnp.broadcast_to(like.reshape(-1)[:0, None].astype(bool), _ABSENT)
+    none_of_it = like[:0] if like.ndim else like
+    return jnp.broadcast_to(jnp.any(none_of_it.astype(bool)), _ABSENT)
 
 
 def present(tree: Any) -> Any:

@@ -382,7 +382,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
         "pos_weight of another width",
         {"pos_weight": np.ones(5, np.float32)},
         ValueError,
-        ["pos_weight", "5,", "6,"],
+        ["pos_weight", "5,", "4, 6"],
     ),
     (
         "pos_weight of more dimensions",

@@ -77,7 +77,7 @@ class _SumCode:
     def _by_groups(self, x: Array) -> Array:
         kept = x.ndim - len(self.axes)
         if self.axes == tuple(range(kept, x.ndim)):
-            return sum_last(x.reshape(*x.shape[:kept], -1))
+            return sum_last(x.reshape(*x.shape[:kept], math.prod(x.shape[kept:])))
         for axis in reversed(self.axes):
             x = _sum_rows(x, axis)
         return x
