@@ -20,6 +20,7 @@ IMAGES = (2, 3, 5, 4)  # (N, C, H, W)
 RANDOM = np.random.default_rng(0)
 
 
+@pytest.mark.mostly_long(short=10)
 @pytest.mark.parametrize("axis", [-1, 1, (), None, (1, 2, 3)])
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 3, 1, 1), (1, 4), (2, 1, 5, 1), IMAGES, (2, 1, 1, 1), (1,), ()])
 @pytest.mark.parametrize("name", ["pos_weight", "weights"])
@@ -28,6 +29,7 @@ def test_a_weight_of_any_shape_broadcasts_as_numpys_arrays_do(name, shape, axis)
     assert_parity(x, y, implementation=None, axis=axis, **{name: RANDOM.random(shape).astype(np.float32)})
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("kernel", ["mosaic_tpu", "triton"])
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 1, 5, 1), IMAGES])
 def test_a_kernel_takes_a_pos_weight_of_any_shape(kernel, shape):
@@ -89,6 +91,7 @@ def test_an_ignore_label_that_the_labels_dtype_cannot_hold_is_refused(dtype, ign
             (jax.jit(call) if traced else call)(y)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu", "triton"])
 @pytest.mark.parametrize(("dtype", "ignore_label"), [("uint32", 2**32 - 2), ("int32", -(2**31)), ("int16", 32767)])
 def test_an_ignore_label_may_be_at_the_end_of_the_labels_range(dtype, ignore_label, implementation):
@@ -183,6 +186,7 @@ def test_operands_may_be_variables_of_flax(function):
         np.testing.assert_allclose(run(*wrapped), float64.asymmetric_loss(x, y), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("kernel", ["xla", "mosaic_tpu", "triton"])
 @pytest.mark.parametrize(
     ("rows", "classes", "k"),

@@ -53,6 +53,7 @@ CASES = [(loss, transform) for transform in TRANSFORMS]
 CASES += [(head, "plain"), (head, "scan"), (head_by_example, "checkpoint"), (head_by_example, "vmap")]
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(("function", "transform"), CASES)
 def test_every_choice_of_arguments_gives_the_same_gradients_in_any_order(function, transform):
     """JAX memoises a call's rules: what one choice leaves behind must not be taken for another's."""
@@ -66,6 +67,7 @@ def test_every_choice_of_arguments_gives_the_same_gradients_in_any_order(functio
                 np.testing.assert_allclose(gradient, expected[n], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(("function", "transform"), CASES)
 def test_a_refused_derivative_is_refused_again_and_leaves_right_calls_right(function, transform):
     x, other = (jnp.asarray(a) for a in operands())

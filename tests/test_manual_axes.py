@@ -91,6 +91,7 @@ def in_rows(arrays: dict[str, Any]) -> list[str]:
     return [name for name in arrays if name not in ("kernel", "bias")]
 
 
+@pytest.mark.mostly_long(short=8)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(("make", "alone", "form"), CASES)
 def test_one_operand_varies_over_the_manual_axes_and_the_others_do_not(make, alone, form, check_vma):
@@ -137,6 +138,7 @@ def test_one_operand_varies_over_the_manual_axes_and_the_others_do_not(make, alo
     assert_same((value, gradients, of_pos_weight), (expected, true_gradients, true_of_pos_weight))
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
@@ -220,6 +222,7 @@ def test_top_k_in_a_shard_map_where_one_operand_varies(check_vma):
 OTHERWISE = [P(), P("b"), P("b", "a")]  # by the number of dimensions
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize(("make", "form", "name"), [
     *[(operands, form, name) for form, name in (
@@ -250,6 +253,7 @@ def test_an_operand_that_lies_otherwise_on_explicit_axes_is_moved_without_jit_to
         assert_same(f(placed), expected)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("depth", [8, 4, 3])
 @pytest.mark.parametrize("of_kernel", [P(None, "a"), P("b", "a"), P(None, ("a", "b"))], ids=str)
 def test_a_kernel_whose_classes_lie_over_the_axis_of_the_examples_is_moved(of_kernel, depth):

@@ -31,7 +31,7 @@ def traced(x: Any, y: Any, gamma: Any, clip: Any, weights: Any, where: Any, name
     return jax.value_and_grad(lambda x: asymmetric_loss(x, y, axis=(), implementation=name, **options).sum())(x)
 
 
-@pytest.mark.mostly_long(short=10)
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("mode", ["plain", "traced", "vmap of traced"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(7, 130), (33, 527), (64, 1024)])
