@@ -94,21 +94,28 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     classes = arrays.kernel.shape[-1]
     dtype = compute_dtype(arrays.features.dtype)
     task = dataclasses.replace(work.task, gradient=bool(work.gradients))
-    features = _without_left_out(work.task, arrays).reshape(math.prod(leading), depth)
+    # What has no gradient at all may be NaN: 0 times a NaN is one, and would go into the other factor's gradient.
+    features = arrays.features
+    if (counts := _counts(task, arrays.where, arrays.labels)) is not None:
+        features = jnp.where(counts.any(-1, keepdims=True), features, jnp.zeros_like(features))
+    features = features.reshape(math.prod(leading), depth)
     chunk = work.chunk or head_chunk(features.shape[0], classes)
     operands = {name: getattr(arrays, name) for name in ("where", "weights", "pos_weight", "cotangent")}
 
     def one(start: Any, size: int, found: Found) -> Found:
         kernel = _kernel_of(arrays.kernel, start, size, features.dtype, exchange)
-        if arrays.where is not None and arrays.where.shape[-1] == classes:
-            used = _slice(arrays.where, start, size).any(tuple(range(len(leading))))
-            kernel = jnp.where(used[None], kernel, jnp.zeros_like(kernel))
+        labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
+        where = operands["where"]
+        where = _slice(where, start, size) if where is not None and where.shape[-1] == classes else where
+        if (counts := _counts(task, where, labels)) is not None:
+            of_classes = counts.any(tuple(range(len(leading))))
+            kernel = jnp.where(of_classes[None], kernel, jnp.zeros_like(kernel))
         logits = _product(features, kernel, (1, 0), dtype, work.precision)
         if arrays.bias is not None:
             logits = logits + _slice(arrays.bias, start, size).astype(dtype)[None]
         tile = Operands(
             logits=logits.reshape(*leading, size),
-            labels=_labels_of(task.labels, arrays.labels, start, size, chunk),
+            labels=labels,
             scalars=arrays.scalars,
             **{
                 name: o if o is None or o.shape[-1] != classes else _slice(o, start, size)
@@ -155,20 +162,12 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     return found
 
 
-def _without_left_out(task: Task, arrays: Arrays) -> Array:
-    """The features, and 0 for those of an example none of whose classes counts.
-
-    Its logits have no gradient, but 0 times a NaN is one, and would go into the kernel's gradient.
-    """
-    counts = []
-    if arrays.where is not None:
-        counts.append(arrays.where)
-    if task.ignore_label is not None and arrays.labels.dtype != jnp.bool_:
-        counts.append(arrays.labels != np.asarray(task.ignore_label).astype(arrays.labels.dtype)[()])
-    if not counts:
-        return arrays.features
-    counts_at_all = functools.reduce(jnp.logical_and, counts).any(-1, keepdims=True)
-    return jnp.where(counts_at_all, arrays.features, jnp.zeros_like(arrays.features))
+def _counts(task: Task, where: Array | None, labels: Array) -> Array | None:
+    """Which elements are in the loss, of the logits' rank; None for all."""
+    masks = [] if where is None else [where]
+    if task.ignore_label is not None and labels.dtype != jnp.bool_:
+        masks.append(labels != np.asarray(task.ignore_label).astype(labels.dtype)[()])
+    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def over_chunks(one: Callable[[Any, int, Any], Any], carry: Any, classes: int, chunk: int, start: int = 0) -> Any:

@@ -121,7 +121,11 @@ def draw(seed: int, number: int) -> Configuration:
     soft = dense and jnp.issubdtype(jnp.dtype(labels), jnp.floating)
     jit = bool(random.random() < 0.8)
     options = _options(random, head, shape, dense and not soft, implementation, logits)
+    if dense and not soft and labels != "bool" and not _holds(labels, options.get("ignore_label", 0)):
+        del options["ignore_label"]  # which is refused
     arrays = _arrays(random, shape, x64)
+    if not head:
+        arrays = {name: (_along_one_axis(of, shape, options["axis"]), dtype) for name, (of, dtype) in arrays.items()}
     mapped = int(random.choice([2, 3])) if random.random() < 0.15 else 0
     traced = _traced(random, x64) if random.random() < 0.3 else {}
     top_k = function == "linear_top_k"
@@ -240,8 +244,21 @@ def _arrays(random: Random, shape: Shape, x64: bool) -> dict[str, tuple[Shape, s
     if random.random() < 0.3:
         arrays["weights"] = (_broadcastable(random, shape), _one(random, floats))
     if random.random() < 0.3:
-        arrays["pos_weight"] = (_one(random, [(), (1,), shape[-1:], shape[-1:]]), _one(random, floats))
+        of_classes = random.random() < 0.5
+        arrays["pos_weight"] = (shape[-1:] if of_classes else _broadcastable(random, shape), _one(random, floats))
     return arrays
+
+
+def _holds(dtype: str, number: int) -> bool:
+    return bool(np.iinfo(dtype).min <= number <= np.iinfo(dtype).max)
+
+
+def _along_one_axis(of: Shape, shape: Shape, axis: Any) -> Shape:
+    """A vector that could go along two axes is refused: with the other dimensions it goes along the last."""
+    axes = range(len(shape)) if axis is None else np.atleast_1d(np.asarray(axis, int)) % max(len(shape), 1)
+    last = len(shape) - 1
+    ambiguous = len(of) == 1 and of[0] > 1 and last not in axes and any(shape[a] == of[0] for a in axes)
+    return (1, *of) if ambiguous else of
 
 
 def _traced(random: Random, x64: bool) -> dict[str, str]:

@@ -150,7 +150,13 @@ class Truth:
         assert self.operands is not None
         slope, near = self._outer(self.elements[1]), self._outer(self.careful[1]).astype(np.float32)
         doubt = self.doubts * abs(self.cotangent)
-        f, w = (_flat(self.operands[0]), self.operands[1])
+        kept = np.broadcast_to(self.arguments.get("where", np.True_), self.logits.shape)
+        if (ignored := self.config.options.get("ignore_label")) is not None:
+            kept = kept & (self.data.dense != ignored)
+        # Of an example, or a class, of which nothing counts, what isn't finite goes into no product.
+        kept = _flat(kept)
+        f = np.where(kept.any(-1, keepdims=True), _flat(self.operands[0]), 0.0)
+        w = np.where(kept.any(-2, keepdims=True), self.operands[1], 0.0)
         g, g32, u = _flat(slope), _flat(near), _flat(doubt)
         f32, w32 = f.astype(np.float32), w.astype(np.float32)
         across, down = (0, 2, 1), (0, 2, 1)

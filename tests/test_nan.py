@@ -194,7 +194,7 @@ def test_the_head_takes_nothing_from_examples_and_classes_that_are_left_out(way,
         where = where[:, :1]
     elif way == "where by class":
         where = where[:1]
-    y[2] = -1 if way == "ignore_label" else 0
+    y[2] = y[:, 4] = -1 if way == "ignore_label" else 0
     options: dict[str, Any] = {"ignore_label": -1} if way == "ignore_label" else {"where": where}
 
     def loss(arrays: Any) -> Any:
@@ -203,7 +203,7 @@ def test_the_head_takes_nothing_from_examples_and_classes_that_are_left_out(way,
     spoiled = features.copy(), kernel.copy()
     if way != "where by class":
         spoiled[0][2] = bad
-    if way in ("where by class", "where by element"):
+    if way in ("where by class", "where by element", "ignore_label"):
         spoiled[1][:, 4] = bad
     run = jax.jit(jax.value_and_grad(loss))
     for found, clean in zip(jax.tree.leaves(run(spoiled)), jax.tree.leaves(run((features, kernel))), strict=True):
