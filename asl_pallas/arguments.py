@@ -194,6 +194,7 @@ def check_weights(
 
 def check_hyperparameter(name: str, number: Any) -> tuple[float | None, Array | None]:
     """(the number, None) where it is known in Python; (TRACED, the scalar) where JAX has it."""
+    number = unwrap(number)
     below_one = name == "clip"
     allowed = "0 <= clip < 1" if below_one else f"{name} >= 0 and finite"
     if number is None and below_one:

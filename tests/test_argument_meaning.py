@@ -186,6 +186,14 @@ def test_operands_may_be_variables_of_flax(function):
         np.testing.assert_allclose(run(*wrapped), float64.asymmetric_loss(x, y), rtol=1e-5, atol=1e-6)
 
 
+def test_a_hyper_parameter_may_be_a_variable_of_flax():
+    x, y = logits_of((4, 6)), labels_of((4, 6))
+    gamma = nnx.Variable(jnp.float32(2.0))
+    for run in (asymmetric_loss, nnx.jit(asymmetric_loss)):
+        found = run(x, y, gamma_neg=gamma)
+        np.testing.assert_allclose(found, float64.asymmetric_loss(x, y, gamma_neg=2.0), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("kernel", ["xla", "mosaic_tpu", "triton"])
 @pytest.mark.parametrize(
