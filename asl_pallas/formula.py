@@ -98,14 +98,11 @@ class Formula(Protocol):
     Between two steps a kernel may put arrays aside, and begin other elements before it goes on with these. `sign` is
     what the last one's values have to be multiplied by, for a chip that wants no losses by element. A formula that is
     `tolerant` stays exact enough where exp and log err by 2^-22. Of one that is `non_negative`, what a rounding takes
-    below 0 in a sum of losses counts as 0.
+    below 0 in a sum of losses counts as 0; one that doesn't say so may be negative.
     """
 
     @property
     def tolerant(self) -> bool: ...
-
-    @property
-    def non_negative(self) -> bool: ...
 
     def steps(self, gradient: bool) -> tuple[Step, ...]: ...
 

@@ -109,7 +109,7 @@ CASES = [
 ]
 
 
-@pytest.mark.mostly_long(short=12)
+@pytest.mark.mostly_long(short=8)
 @pytest.mark.parametrize(("function", "form"), CASES)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_debugging_switch_changes_no_result(function, form, switch):

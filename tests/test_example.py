@@ -214,6 +214,7 @@ def give_parameters(ours, theirs):
     theirs.state = theirs.state.replace(params=jax.tree.map(jax.numpy.asarray, copied))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("focus", [settings.bce(), settings.focal(2.0), settings.ASL_DEFAULT], ids=lambda f: f.name)
 def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
     rng = np.random.default_rng(0)

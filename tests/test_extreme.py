@@ -145,6 +145,7 @@ def session_run():
     return curve, "".join(lines)
 
 
+@pytest.mark.long
 def test_a_session_learns_what_it_has_not_seen(session_run):
     curve, out = session_run
     popularity = float(re.search(r"the commonest labels for everyone: P@1 (0\.\d+)", out).group(1))

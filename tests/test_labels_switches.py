@@ -72,6 +72,7 @@ def all_of(arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: function(arrays).to_dense() for name, (function, _) in FUNCTIONS.items()}
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_function_works_under_every_switch(switch):
     on_device = jax.tree.map(jnp.asarray, ARRAYS)
@@ -112,6 +113,7 @@ def all_tiles(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: function(*arguments[name]) for name, (function, _) in TILES.items()}
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_tile_is_the_same_under_every_switch(switch):
     arguments = {name: [jnp.asarray(a) for a in given] for name, (_, given) in TILES.items()}

@@ -91,7 +91,7 @@ def in_rows(arrays: dict[str, Any]) -> list[str]:
     return [name for name in arrays if name not in ("kernel", "bias")]
 
 
-@pytest.mark.mostly_long(short=8)
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(("make", "alone", "form"), CASES)
 def test_one_operand_varies_over_the_manual_axes_and_the_others_do_not(make, alone, form, check_vma):
@@ -138,7 +138,7 @@ def test_one_operand_varies_over_the_manual_axes_and_the_others_do_not(make, alo
     assert_same((value, gradients, of_pos_weight), (expected, true_gradients, true_of_pos_weight))
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(

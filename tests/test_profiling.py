@@ -152,6 +152,7 @@ def test_without_a_subcommand_it_says_what_there_is(capsys):
     assert all(command in said for command in __main__.COMMANDS)
 
 
+@pytest.mark.long
 def test_a_crashing_contender_has_a_row_with_its_error_and_the_rest_goes_on(add_contender, monkeypatch, capsys):
     monkeypatch.setattr(speed, "QUICK_ROUNDS", 7)
     add_contender("crashes", crashing)
@@ -178,6 +179,7 @@ def test_a_missing_compiler_is_a_row_that_says_what_to_install(monkeypatch, caps
         assert all(row["status"] == "missing" and "pip install something" in row["note"] for row in rows)
 
 
+@pytest.mark.long
 def test_json_has_figures_with_device_versions_date_and_command(capsys):
     arguments = ["memory", "--json", *ONCE, "--only", "ours-xla"]
     assert __main__.main(arguments) == 0

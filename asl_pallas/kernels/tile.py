@@ -114,7 +114,7 @@ class Task:
         if chip.by_element:
             return sums
         sums = sums * self.formula.sign(self.gradient)
-        if not self.formula.non_negative:
+        if not getattr(self.formula, "non_negative", False):
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
