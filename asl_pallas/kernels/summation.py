@@ -1,8 +1,8 @@
 """Sums whose rounding error hardly grows with how much is summed, on any machine.
 
 XLA's CPU backend adds up a row in an order, and in a number of lanes, that depend on the CPU at hand. With n numbers in
-one lane the error can be n roundings. The sums here take at most `_WIDTH - 1` roundings for each factor of `_WIDTH`, so
-that the error is at most some log2(n) roundings everywhere.
+one lane the error can be n roundings. The sums here take at most 31 roundings for each factor of 32, so that the error
+grows with log(n) everywhere.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from jax import Array, lax
 
 from asl_pallas.kernels.platforms import Code, by_platform
 
-# Numbers that are added one after the other. Sums of 8 took as much CPU time as sums of 32, and as XLA's own.
-_WIDTH = 8
+# Numbers that are added one after the other.
+GROUP_OF_A_SUM = 32
 # Rows that are added so, where each is an array.
 _ROWS = 64
 
 
 def sum_last(x: Array) -> Array:
-    """Sum over the last dimension: of groups of `_WIDTH` numbers, of groups of these sums, and so on.
+    """Sum over the last dimension: of groups of `GROUP_OF_A_SUM` numbers, of groups of these sums, and so on.
 
     The groups' sums are matrix products, which XLA's CPU backend neither fuses with what makes x nor merges into one.
     """
     *leading, n = x.shape
-    ones = jnp.ones(_WIDTH, x.dtype)
-    while n > _WIDTH:
-        groups = math.ceil(n / _WIDTH)
-        padded = jnp.pad(x, [(0, 0)] * len(leading) + [(0, groups * _WIDTH - n)])
-        x = jnp.dot(padded.reshape(*leading, groups, _WIDTH), ones, precision=lax.Precision.HIGHEST)
+    ones = jnp.ones(GROUP_OF_A_SUM, x.dtype)
+    while n > GROUP_OF_A_SUM:
+        groups = math.ceil(n / GROUP_OF_A_SUM)
+        padded = jnp.pad(x, [(0, 0)] * len(leading) + [(0, groups * GROUP_OF_A_SUM - n)])
+        x = jnp.dot(padded.reshape(*leading, groups, GROUP_OF_A_SUM), ones, precision=lax.Precision.HIGHEST)
         n = groups
     return jnp.sum(x, axis=-1)
 
@@ -49,14 +49,14 @@ def _sum_rows(x: Array, axis: int) -> Array:
         fill = [(0, groups * group - n if k == axis else 0) for k in range(x.ndim)]
         padded = jnp.pad(x, fill)
         x = jnp.sum(padded.reshape(*x.shape[:axis], groups, group, *x.shape[axis + 1 :]), axis + 1)
-        group = _WIDTH
+        group = GROUP_OF_A_SUM
     return jnp.sum(x, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_over(x: Array, axes: tuple[int, ...]) -> Array:
     """jnp.sum over the axes, on the CPU by `sum_last`. The reductions of accelerators are trees already."""
-    if not axes or math.prod(x.shape[axis] for axis in axes) <= _WIDTH or any(jax.typeof(x).sharding.spec):
+    if not axes or math.prod(x.shape[axis] for axis in axes) <= GROUP_OF_A_SUM or any(jax.typeof(x).sharding.spec):
         return jnp.sum(x, axes)  # of an array on Explicit mesh axes no dimension may be reshaped
     return by_platform(x, _SumCode(axes))
 

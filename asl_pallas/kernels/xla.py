@@ -11,7 +11,7 @@ from jax import Array, lax
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.summation import sum_last, sum_over
+from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
@@ -81,7 +81,8 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     chip = dataclasses.replace(CPU, by_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task.bind(operands.scalars), value=None if task.gradient else "elements")
 
-    width = math.ceil(tiling.classes / tiling.pieces)
+    # Whole groups of a sum: to fill them up, XLA would copy the losses.
+    width = min(math.ceil(tiling.classes / tiling.pieces / GROUP_OF_A_SUM) * GROUP_OF_A_SUM, tiling.classes)
 
     def at(operand: Array, row: Array | int, column: Array | int, columns: int) -> Array:
         """The block's part of an operand that may be constant along either dimension."""
