@@ -22,7 +22,7 @@ from jax import Array, lax
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
 from asl_pallas.kernels.summation import add_exactly, total_of
-from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
+from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype, is_annotated
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import vary_alike
 
@@ -166,7 +166,7 @@ def _counts(task: Task, where: Array | None, labels: Array) -> Array | None:
     """Which elements are in the loss, of the logits' rank; None for all."""
     masks = [] if where is None else [where]
     if task.ignore_label is not None and labels.dtype != jnp.bool_:
-        masks.append(labels != np.asarray(task.ignore_label).astype(labels.dtype)[()])
+        masks.append(is_annotated(labels, task.ignore_label))
     return functools.reduce(jnp.logical_and, masks) if masks else None
 
 

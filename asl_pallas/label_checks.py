@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import checkify
 
 from asl_pallas.bits import PADDING
+from asl_pallas.kernels.tile import is_annotated
 from asl_pallas.sharding import on_any_mesh
 
 _checks_traced = contextvars.ContextVar("asl_pallas_checked_labels", default=False)
@@ -93,7 +94,7 @@ def _bad(labels: Any, where: Any, ignore_label: int | None) -> Any:
     if jnp.issubdtype(labels.dtype, jnp.integer):
         good = (labels == 0) | (labels == 1)
     if ignore_label is not None:
-        good |= labels == np.asarray(ignore_label).astype(labels.dtype)[()]
+        good |= ~is_annotated(labels, ignore_label)
     if where is not None:
         good |= ~where.reshape((1,) * (labels.ndim - where.ndim) + where.shape)
     return ~good

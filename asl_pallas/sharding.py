@@ -68,11 +68,12 @@ def layout_of(logits: Array, logits_spec: PartitionSpec | None) -> Layout | None
             f"the mesh axes {auto} are Auto, where JAX can't see how the logits lie: pass "
             "logits_spec=PartitionSpec(...) to run the kernel on every shard"
         )
+    layout = Layout(mesh, axes)
     for size, names in zip(logits.shape, axes, strict=True):
-        parts = math.prod(mesh.shape[n] for n in names)
+        parts = layout.parts(names)
         if logits.size and size % parts:
             raise CannotCutError(f"logits_spec={logits_spec} cuts a dimension of {size} into {parts} unequal parts")
-    return Layout(mesh, axes)
+    return layout
 
 
 def mesh_of(*arrays: Array) -> Any:

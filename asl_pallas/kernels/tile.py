@@ -166,7 +166,7 @@ class Task:
             where = _comparable(tile.where)
             masks.append(where if where.dtype == jnp.bool_ else where != 0)
         if self.ignore_label is not None and labels.dtype != jnp.bool_:
-            masks.append(labels != np.asarray(self.ignore_label).astype(labels.dtype)[()])
+            masks.append(is_annotated(labels, self.ignore_label))
         if not masks:
             return x, labels, None
         keep = functools.reduce(jnp.logical_and, masks)
@@ -221,6 +221,11 @@ def _unless_infinite(share: Array, x: Array) -> Array:
 
 def _is_positive(labels: Array) -> Array:
     return labels if labels.dtype == jnp.bool_ else labels > 0
+
+
+def is_annotated(labels: Any, ignore_label: int) -> Any:
+    """Which integer labels aren't the one to ignore, compared in their own dtype: of uint32 it may be beyond int32."""
+    return labels != np.asarray(ignore_label).astype(labels.dtype)[()]
 
 
 def _comparable(x: Array) -> Array:
