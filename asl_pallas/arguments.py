@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 from asl_pallas import kernels
 from asl_pallas.formula import TRACED
 from asl_pallas.kernels.tile import Form
-from asl_pallas.label_checks import check_ids, check_values, is_traced
-from asl_pallas.label_sources import refuse_other_forms, unwrap
+from asl_pallas.label_checks import check_ids, check_values
+from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")

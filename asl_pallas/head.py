@@ -168,17 +168,13 @@ def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arr
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
     arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
-    marked = reverse_mode_only("linear_asymmetric_loss", arrays._replace(scalars=None))
-    arrays = marked._replace(scalars=arrays.scalars)
-    arrays = Arrays(
-        features=arrays.features,
-        kernel=arrays.kernel,
-        bias=arrays.bias,
-        labels=arrays.labels,
+    scalars = None if arrays.scalars is None else jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars])
+    arrays = reverse_mode_only("linear_asymmetric_loss", arrays._replace(scalars=None))
+    arrays = arrays._replace(
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
         pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
-        scalars=None if arrays.scalars is None else jnp.stack([s.astype(dtype) for s in arrays.scalars]),
+        scalars=scalars,
     )
     work = Work(
         task=call.task,

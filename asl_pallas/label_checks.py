@@ -16,6 +16,7 @@ from jax.experimental import checkify
 
 from asl_pallas.bits import PADDING
 from asl_pallas.kernels.tile import is_annotated
+from asl_pallas.label_sources import is_traced
 from asl_pallas.sharding import on_any_mesh
 
 _checks_traced = contextvars.ContextVar("asl_pallas_checked_labels", default=False)
@@ -47,10 +48,6 @@ def checked_labels() -> Iterator[None]:
     finally:
         _checks_traced.reset(token)
         jax.clear_caches()
-
-
-def is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
 
 
 def check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
