@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -15,11 +15,11 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from asl_pallas import kernels
-from asl_pallas.formula import TRACED
 from asl_pallas.kernels.tile import Form
 from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.losses.base import TRACED, Bounds, ElementwiseLoss, hyperparameters
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -192,12 +192,32 @@ def check_weights(
     return None if weights is None else _broadcastable(name, _real(name, weights), logits.shape, axes)
 
 
-def check_hyperparameter(name: str, number: Any) -> tuple[float | None, Array | None]:
+def check_loss(loss: Any) -> tuple[ElementwiseLoss, tuple[Array, ...]]:
+    """The loss with `TRACED` for each hyper-parameter that JAX holds, which is hashable, and those arrays in order."""
+    if isinstance(loss, type) and issubclass(loss, ElementwiseLoss):
+        raise TypeError(f"loss is the class {loss.__name__}; expected an object of it: {loss.__name__}()")
+    if not isinstance(loss, ElementwiseLoss):
+        raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.losses.AsymmetricLoss()")
+    if not dataclasses.is_dataclass(loss):
+        raise TypeError(f"{type(loss).__name__} is no dataclass; write @dataclasses.dataclass(frozen=True) above it")
+    changes, arrays = {}, []
+    for name, number, bounds in hyperparameters(loss):
+        known, array = _check_hyperparameter(name, number, bounds)
+        changes[name] = known
+        if array is not None:
+            arrays.append(array)
+    static = loss.replaced(changes)
+    try:
+        hash(static)
+    except TypeError as error:
+        raise TypeError(f"{loss!r} can't be hashed: {error}; expected numbers, arrays and hashable settings") from error
+    return static, tuple(arrays)
+
+
+def _check_hyperparameter(name: str, number: Any, bounds: Bounds) -> tuple[Any, Array | None]:
     """(the number, None) where it is known in Python; (TRACED, the scalar) where JAX has it."""
     number = unwrap(number)
-    below_one = name == "clip"
-    allowed = "0 <= clip < 1" if below_one else f"{name} >= 0 and finite"
-    if number is None and below_one:
+    if number is None and name == "clip":
         raise TypeError(f"{name}=None; expected a real number or a traced scalar: clip=0 is no margin")
     if isinstance(number, (bool, str, complex)) or number is None:
         raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar")
@@ -206,13 +226,13 @@ def check_hyperparameter(name: str, number: Any) -> tuple[float | None, Array | 
             known = float(number)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar") from error
-        if not (0 <= known < (1 if below_one else math.inf)):
-            raise ValueError(f"{name}={number!r}; expected {allowed}")
+        if known not in bounds:
+            raise ValueError(f"{name}={number!r}; expected {bounds.sentence(name)}")
         return known, None
     if number.shape != () or not (jnp.issubdtype(number.dtype, jnp.integer) or _is_real(number.dtype)):
         raise TypeError(f"{name} is an array {number.dtype.name}{list(number.shape)}; expected a real scalar")
-    if not is_traced(number) and not (0 <= float(number) < (1 if below_one else math.inf)):
-        raise ValueError(f"{name}={float(number)}; expected {allowed}")
+    if not is_traced(number) and float(number) not in bounds:
+        raise ValueError(f"{name}={float(number)}; expected {bounds.sentence(name)}")
     return TRACED, number
 
 

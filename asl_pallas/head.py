@@ -16,13 +16,13 @@ from jax.typing import ArrayLike
 
 from asl_pallas import arguments, chunks, head_sharding, kernels, residuals
 from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Task, compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.sharding import CannotCutError
 
 
@@ -90,61 +90,136 @@ def linear_asymmetric_loss(
     Reference:
       The loss: https://arxiv.org/abs/2009.14119, equations (4) to (7).
     """
+    loss = AsymmetricLoss(gamma_neg, gamma_pos, clip, arguments.check_flag("stop_focus_gradient", stop_focus_gradient))
+    return _linear_loss(
+        "linear_asymmetric_loss",
+        loss,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        chunk_size=chunk_size,
+        axis=axis,
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        features_spec=features_spec,
+        kernel_spec=kernel_spec,
+        implementation=implementation,
+    )
+
+
+def linear_multilabel_loss(
+    loss: ElementwiseLoss,
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | PackedLabels | SparseLabels,
+    *,
+    bias: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    label_smoothing: float = 0.0,
+    precision: Any = None,
+    features_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    implementation: str | None = None,
+) -> Array:
+    r"""`multilabel_loss(loss, features @ kernel + bias, labels)` without the logits.
+
+    Args:
+      loss: a loss object, as in `multilabel_loss`.
+      features, kernel, labels, bias, chunk_size, axis, precision, features_spec, kernel_spec, implementation: as in
+        `linear_asymmetric_loss`.
+      where, weights, pos_weight, ignore_label, label_smoothing: as in `multilabel_loss`.
+
+    Returns:
+      The loss, float32, or float64 for float64 features; see `linear_asymmetric_loss`.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
+        with respect to a hyper-parameter; a forward-mode derivative.
+      NotImplementedError: the implementation asked for by name can't serve the call or the platform.
+    """
+    return _linear_loss(
+        "linear_multilabel_loss",
+        loss,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        chunk_size=chunk_size,
+        axis=axis,
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        features_spec=features_spec,
+        kernel_spec=kernel_spec,
+        implementation=implementation,
+    )
+
+
+def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: Any, **options: Any) -> Array:
     x = arguments.check_features(features)
     w = arguments.check_kernel(kernel, x)
-    # What the checks of asymmetric_loss ask about the logits.
+    # What the checks of multilabel_loss ask about the logits.
     logits = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), compute_dtype(x.dtype))
-    axes = arguments.check_axis(axis, logits.ndim)
+    axes = arguments.check_axis(options["axis"], logits.ndim)
+    where = options["where"]
     mask = arguments.check_where(where, logits, axes)
-    ignore = arguments.check_ignore_label(ignore_label)
-    known, traced = {}, []
-    for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
-        known[name], scalar = arguments.check_hyperparameter(name, number)
-        if scalar is not None:
-            traced.append(scalar)
+    ignore = arguments.check_ignore_label(options["ignore_label"])
+    static_loss, scalars = arguments.check_loss(loss)
     if logits.ndim - 1 not in axes:
         raise ValueError(
-            f"axis={axis!r} leaves the classes in, an array of the logits' size; expected -1, None or a tuple with the "
-            "classes' axis"
+            f"axis={options['axis']!r} leaves the classes in, an array of the logits' size; expected -1, None or a "
+            "tuple with the classes' axis"
         )
-    formula = AsymmetricLoss(
-        **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
-    )
     form, label_array = arguments.check_labels(labels, logits, where, ignore)
     call = _Call(
+        function=function,
         task=Task(
-            formula,
+            static_loss,
             value="rows",
             gradient=False,
             labels=form,
             ignore_label=ignore,
-            label_smoothing=arguments.check_label_smoothing(label_smoothing),
+            label_smoothing=arguments.check_label_smoothing(options["label_smoothing"]),
         ),
         axes=axes,
-        chunk_size=arguments.check_chunk_size(chunk_size),
-        precision=arguments.check_precision(precision),
-        implementation=arguments.check_implementation(implementation),
+        chunk_size=arguments.check_chunk_size(options["chunk_size"]),
+        precision=arguments.check_precision(options["precision"]),
+        implementation=arguments.check_implementation(options["implementation"]),
         interpret=kernels.interpreting(),
-        features_spec=arguments.check_spec("features", features_spec, x.ndim),
-        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
+        features_spec=arguments.check_spec("features", options["features_spec"], x.ndim),
+        kernel_spec=arguments.check_spec("kernel", options["kernel_spec"], 2),
     )
     arrays = Arrays(
         features=x,
         kernel=w,
-        bias=arguments.check_bias(bias, w),
+        bias=arguments.check_bias(options["bias"], w),
         labels=label_array,
         where=mask,
-        weights=arguments.check_weights("weights", weights, logits, axes),
-        pos_weight=arguments.check_weights("pos_weight", pos_weight, logits, axes),
-        scalars=tuple(traced) or None,
+        weights=arguments.check_weights("weights", options["weights"], logits, axes),
+        pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], logits, axes),
+        scalars=scalars or None,
     )
-    return _linear_asymmetric_loss(call, arguments.constants(arrays, w), arrays)
+    return _compiled(call, arguments.constants(arrays, w), arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """All that is known of a call before it is traced."""
 
+    function: str
     task: Task
     axes: tuple[int, ...]
     chunk_size: int | None
@@ -156,7 +231,7 @@ class _Call:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arrays) -> Array:
+def _compiled(call: _Call, constants: tuple[str, ...], arrays: Arrays) -> Array:
     *leading, _ = arrays.features.shape
     classes = arrays.kernel.shape[1]
     ndim = len(leading) + 1
@@ -169,7 +244,7 @@ def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arr
 
     arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
     scalars = None if arrays.scalars is None else jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars])
-    arrays = reverse_mode_only("linear_asymmetric_loss", arrays._replace(scalars=None))
+    arrays = reverse_mode_only(call.function, arrays._replace(scalars=None))
     arrays = arrays._replace(
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
@@ -184,8 +259,8 @@ def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arr
         implementation=call.implementation,
         interpret=call.interpret,
     )
-    plan = _Plan(work, total=call.axes == tuple(range(ndim)), layout=None)
-    layout = _layout_of(arrays.features, arrays.kernel, call.features_spec, call.kernel_spec, "linear_asymmetric_loss")
+    plan = _Plan(call.function, work, total=call.axes == tuple(range(ndim)), layout=None)
+    layout = _layout_of(arrays.features, arrays.kernel, call.features_spec, call.kernel_spec, call.function)
     if layout == "unknown":
         plan = plan.plain()
     elif isinstance(layout, HeadLayout):
@@ -200,6 +275,7 @@ def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arr
 class _Plan:
     """What is to be found; `total` sums over the examples as well."""
 
+    function: str
     work: Work
     total: bool
     layout: HeadLayout | None
@@ -271,9 +347,9 @@ def _loss_backward(plan: _Plan, kept, cotangent: Array):
     found, arrays = residuals.present(kept[:2])
     perturbed = residuals.from_array(kept[2], Arrays._fields)
     if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
-        names = " or ".join(plan.work.task.formula.traced())
+        names = " or ".join(plan.work.task.loss.traced())
         raise TypeError(
-            f"linear_asymmetric_loss has no derivative with respect to {names}; wrap the hyper-parameter in "
+            f"{plan.function} has no derivative with respect to {names}; wrap the hyper-parameter in "
             "jax.lax.stop_gradient"
         )
     wanted = tuple(name for name in PARAMETERS if name in perturbed)

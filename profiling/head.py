@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import head_chunk
+from asl_pallas.losses import AsymmetricLoss
 from profiling import results, targets
 from profiling.bounds import MIB, ROUNDS, Line
 from profiling.cases import CPU, GPU, GRADIENT, SHORT, TPU

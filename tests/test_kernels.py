@@ -13,13 +13,14 @@ import pytest
 from cases import GAMMAS_AND_CLIP, optimising
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
-from asl_pallas.formula import TRACED, AsymmetricLoss
 from asl_pallas.kernels import mosaic_tpu, tiling, triton, xla
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, cpu_tiling, tpu_tiling, triton_tiling
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
+from asl_pallas.losses import AsymmetricLoss
+from asl_pallas.losses.base import TRACED
 from reference import autodiff
 
 X, Y = jnp.ones((5, 150)), jnp.ones((5, 150), jnp.int8)

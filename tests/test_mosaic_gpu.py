@@ -17,10 +17,10 @@ from cases import GAMMAS_AND_CLIP, assert_parity, cotangent_of, evaluate, labels
 from jax.sharding import AxisType, PartitionSpec
 
 from asl_pallas import asymmetric_loss, kernels
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels import versions, xla
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import mosaic_gpu_tiling
+from asl_pallas.losses import AsymmetricLoss
 
 lacking = versions.lacks_mosaic_gpu()
 pytestmark = pytest.mark.skipif(lacking is not None, reason=str(lacking))

@@ -21,11 +21,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
 from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, vary_alike
+from asl_pallas.losses.base import Ops
 
 plgpu = mosaic_gpu_module()
 
@@ -53,25 +53,25 @@ def _refined_reciprocal(z: Array) -> Array:
 
 
 # Mosaic GPU knows neither log1p nor stop_gradient, and on 0.11 no function with a derivative of its own.
-_EXACT = Arithmetic(
+_EXACT = Ops(
     log=log,
     log1p=_log1p,
     reciprocal=lambda z: 1.0 / z,
     quotient=lambda n, d: n / d,
-    at_least=jnp.maximum,
-    at_most=jnp.minimum,
+    maximum=jnp.maximum,
+    minimum=jnp.minimum,
     negate=lambda condition, x: jnp.where(condition, -x, x),
-    constant=lambda x: x,
-    factors=True,
+    stop_gradient=lambda x: x,
+    share_power=True,
     differentiable=False,
 )
 # With `approx_math` exp, log and rsqrt are an instruction or two each. They err as Triton's do.
 _APPROXIMATE = dataclasses.replace(_EXACT, log=jnp.log, reciprocal=_refined_reciprocal)
 
 
-def arithmetic(task: Task, operands: Operands) -> Arithmetic:
-    chip = _APPROXIMATE if task.formula.tolerant else _EXACT
-    return dataclasses.replace(chip, by_element=task.needs_elements(operands))
+def arithmetic(task: Task, operands: Operands) -> Ops:
+    ops = _APPROXIMATE if task.loss.allows_approximate_math else _EXACT
+    return dataclasses.replace(ops, signed_per_element=task.needs_elements(operands))
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -102,8 +102,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
     if task.value == "rows":
         outputs["value"] = outputs["value"]._replace(shape=(rows, tiling.spans))
-    chip = arithmetic(task, operands)
-    kernel = _Kernel(task, tiling, inputs, outputs, by_engine, chip)
+    ops = arithmetic(task, operands)
+    kernel = _Kernel(task, tiling, inputs, outputs, by_engine, ops)
     flat = [_flat(array, tiling.chunk, kernel.lead(name)) for name, array in arrays.items()]
 
     # vmap one by one: the engine wants strides of 16 bytes, which a flat array's do not have once they are batched.
@@ -112,7 +112,13 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         shapes = [jax.ShapeDtypeStruct((output.size,), output.dtype) for output in outputs.values()]
         name = "asl_pallas_" + "_and_".join(outputs)
         run = mosaic_gpu_kernel(
-            kernel, shapes, kernel.scratch(), tiling.programs, name, interpret, approximate=task.formula.tolerant
+            kernel,
+            shapes,
+            kernel.scratch(),
+            tiling.programs,
+            name,
+            interpret,
+            approximate=task.loss.allows_approximate_math,
         )
         return run(*arrays)
 
@@ -122,7 +128,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         name: result.reshape(output.shape) for (name, output), result in zip(outputs.items(), results, strict=True)
     }
     if task.value == "rows":
-        found["value"] = task.losses(jnp.sum(found["value"], axis=1), chip)
+        found["value"] = task.losses(jnp.sum(found["value"], axis=1), ops)
     return Result(found.get("value"), found.get("gradient"))
 
 
@@ -172,10 +178,10 @@ class _Kernel:
         inputs: dict[str, _Shape],
         outputs: dict[str, _Shape],
         by_engine: bool,
-        chip: Arithmetic,
+        ops: Ops,
     ):
         self.task, self.tiling, self.inputs, self.outputs = task, tiling, inputs, outputs
-        self.by_engine, self.chip = by_engine, chip
+        self.by_engine, self.ops = by_engine, ops
         self.rows, self.classes = inputs["logits"].shape
         self.loaded = [name for name, i in inputs.items() if name != "scalars" and i.shape[1] == self.classes]
         self.stored = [name for name in outputs if name == "gradient" or task.value == "elements"]
@@ -252,7 +258,7 @@ class _Kernel:
                     return self.spread(inputs[name][row if self.inputs[name].shape[0] > 1 else 0])
 
                 operands = Operands(**{name: load(name) for name in inputs if name != "scalars"})
-                result = task.evaluate(operands, chip=self.chip)
+                result = task.evaluate(operands, ops=self.ops)
                 for name in self.stored:
                     part = getattr(result, name).astype(self.outputs[name].dtype)
                     if name in stores:

@@ -11,7 +11,7 @@ tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,11 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
-from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.summation import add_exactly, total_of
-from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
+from asl_pallas.kernels.tile import Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
+from asl_pallas.losses.base import Ops
 
 # Scratch: a row's partial sums of some blocks, those of all blocks before, and what the latter's roundings lost.
 _SUMS = ("sums", "total", "lost")
@@ -88,14 +88,15 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if task.gradient:
         outputs["gradient"] = result_like(operands.logits, shape, operands.logits.dtype), block
 
-    chip = arithmetic(task, operands, not interpret and tpu_refines())
-    aside = _aside(task, tiling, operands, chip)
+    ops = arithmetic(task, operands, not interpret and tpu_refines())
+    aside = _aside(task, tiling, operands, ops)
     kernel = functools.partial(
         _kernel,
         task,
         tiling,
-        chip,
+        ops,
         (rows, classes),
+        _tile_of(task, tiling, operands),
         tuple(inputs),
         tuple(outputs),
     )
@@ -143,14 +144,14 @@ def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Arr
     return (ids, spec), {"words": pltpu.VMEM((tiling.rows, LANES), jnp.int32)}
 
 
-def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
+def arithmetic(task: Task, operands: Operands, refines: bool) -> Ops:
     """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does."""
-    return Arithmetic(
+    return Ops(
         reciprocal=_refined_reciprocal if refines else reciprocal,
-        at_least=jnp.maximum,
-        at_most=jnp.minimum,
-        by_element=task.needs_elements(operands),
-        labels_by_results=True,
+        maximum=jnp.maximum,
+        minimum=jnp.minimum,
+        signed_per_element=task.needs_elements(operands),
+        infer_label_from_slope=True,
         differentiable=False,
     )
 
@@ -161,36 +162,37 @@ def _refined_reciprocal(x: Array) -> Array:
     return estimate * (2.0 - x * estimate)
 
 
-def _stages(task: Task, tiling: TpuTiling, labels: jnp.dtype, chip: Arithmetic) -> list[Stage]:
-    """The task's steps in two stages, or in one if there are no more than the first takes."""
-    steps = task.steps(labels)
-
-    def stage(steps: Sequence[Step]) -> Stage:
-        def run(known: Any, tile: Operands, valid: Array | None) -> Any:
-            for step in steps:
-                known = step(known, tile, valid, chip)
-            return known
-
-        return run
-
-    return [stage(part) for part in (steps[: tiling.first], steps[tiling.first :]) if part]
+def _stages(task: Task, tiling: TpuTiling, tile: Operands, ops: Ops) -> list[Stage]:
+    """Up to one of the loss's cuts and from there on, or in one where it has none."""
+    cut = min(tiling.cut, task.cuts(tile, ops))
+    if cut == 0:
+        return [lambda carry, tile, valid: task.evaluate(tile, valid, ops)]
+    return [
+        lambda carry, tile, valid: task.until_cut(cut, tile, valid, ops),
+        lambda carry, tile, valid: task.from_cut(cut, carry, tile, valid, ops),
+    ]
 
 
-def _aside(task: Task, tiling: TpuTiling, operands: Operands, chip: Arithmetic) -> list[list[Any]]:
-    """Room for what the stages hand on, but for the last."""
-    extent = tiling.lying(tiling.group, tiling.chunk)
+def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
+    """Shape and dtype of a tile's logits and labels."""
     labels = operands.labels.dtype if task.labels == "dense" else jnp.dtype("bool")
+    extent = tiling.lying(tiling.group, tiling.chunk)
+    shapes: list[Any] = [jax.ShapeDtypeStruct(extent, dtype) for dtype in (operands.logits.dtype, labels)]
+    return Operands(*shapes)
 
-    def hand_on(logits: Array, labels: Array, scalars: Array | None) -> list[Any]:
-        bound = task.bind(scalars)
-        known, found = (), []
-        for stage in _stages(bound, tiling, labels.dtype, chip)[:-1]:
-            known = stage(known, Operands(logits, labels), None)
-            found.append(known)
-        return found
 
-    tile = (jax.ShapeDtypeStruct(extent, dtype) for dtype in (operands.logits.dtype, labels))
-    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, *tile, operands.scalars))
+def _aside(task: Task, tiling: TpuTiling, operands: Operands, ops: Ops) -> list[list[Any]]:
+    """Memory for what the stages hand on, but for the last."""
+    tile = _tile_of(task, tiling, operands)
+
+    def hand_on(tile: Operands, scalars: Array | None) -> list[Any]:
+        carry, handed = (), []
+        for stage in _stages(task.bind(scalars), tiling, tile, ops)[:-1]:
+            carry = stage(carry, tile, None)
+            handed.append(carry)
+        return handed
+
+    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, tile, operands.scalars))
 
 
 def _quotient(n: Array, k: int) -> Array:
@@ -213,7 +215,9 @@ def _pack(ids, words, tiles: Array, pack: Callable[[Array, Array], Array]) -> No
     lax.fori_loop(jnp.int32(0), tiles, rows, None)
 
 
-def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, int], names, output_names, *refs):
+def _kernel(
+    task: Task, tiling: TpuTiling, ops: Ops, shape: tuple[int, int], tile_shape: Operands, names, output_names, *refs
+):
     """One block. The refs are the inputs and the outputs, in the order of their names, and the scratch."""
     inputs = dict(zip(names, refs, strict=False))
     outputs = dict(zip(output_names, refs[len(names) :], strict=False))
@@ -225,7 +229,7 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
     if "scalars" in inputs:
         scalars = inputs.pop("scalars")
         task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
-    stages = _stages(task, tiling, inputs["labels"].dtype, chip)
+    stages = _stages(task, tiling, tile_shape, ops)
 
     # The bit of the block's first 128 classes: the words are those of a group, which may have several blocks.
     first_bit = 0 if task.labels == "dense" else lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS))
@@ -353,4 +357,4 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
         def _finish():
             sums = total_of(total[...], lost[...]) if "total" in scratch else scratch["sums"][...]
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
-            outputs["value"][...] = task.losses(sums, chip)
+            outputs["value"][...] = task.losses(sums, ops)

@@ -1,4 +1,4 @@
-"""What a kernel does with a tile, whatever moved it there: labels, masks and weights around the formula.
+"""What a kernel does with a tile, whatever moved it there: labels, masks and weights around the loss.
 
 Every kernel loads tiles of its operands and hands them to `Task.evaluate`; no kernel decodes a label or applies a mask
 itself.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,13 +16,10 @@ import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.formula import EXACT, Arithmetic, Formula, evaluate
-from asl_pallas.formula import Step as FormulaStep
+from asl_pallas.losses.base import EXACT, ElementwiseLoss, Label, Ops
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]
-# A part of a task: of what the part before it returned, a tile's operands, which of its elements are valid, the chip.
-Step = Callable[[Any, "Operands", "Array | None", Arithmetic], Any]
 
 
 class Operands(NamedTuple):
@@ -35,7 +31,7 @@ class Operands(NamedTuple):
     pos_weight: (1, classes).
     cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
     rounded to the logits' dtype.
-    scalars: (n,), the traced hyper-parameters in the formula's order.
+    scalars: (n,), the traced hyper-parameters in the loss's order.
     """
 
     logits: Array
@@ -65,7 +61,7 @@ class Result(NamedTuple):
 class Task:
     """The static half of a call: hashable, so that one compilation serves all calls that agree on it."""
 
-    formula: Formula
+    loss: ElementwiseLoss
     value: Literal["rows", "elements"] | None
     gradient: bool
     ignore_label: int | None = None
@@ -75,73 +71,106 @@ class Task:
 
     def bind(self, scalars: Any) -> Task:
         """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
-        return self if scalars is None else dataclasses.replace(self, formula=self.formula.bind(tuple(scalars)))
+        return self if scalars is None else dataclasses.replace(self, loss=self.loss.bind(tuple(scalars)))
 
-    def evaluate(self, tile: Operands, valid: Array | None = None, chip: Arithmetic = EXACT) -> Result:
-        """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
+    def evaluate(self, tile: Operands, valid: Array | None = None, ops: Ops = EXACT) -> Result:
+        """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where masked.
 
         Args:
           tile: operands of one tile, each broadcastable to the logits' tile; labels of another form as `positives`
             gives them.
           valid: False for what lies beyond the array's edge.
-          chip: its way of doing the arithmetic.
+          ops: the backend's arithmetic.
         """
-        known: Any = ()
-        for step in self.steps(tile.labels.dtype):
-            known = step(known, tile, valid, chip)
-        return known
+        x, labels, keep = self._read(tile, valid)
+        if self.is_soft(tile.labels.dtype):
+            tile = _without_left_out(tile._replace(labels=labels), keep, ops)
+            return self._weighted(self._mixed(x, tile, ops), tile, keep)
+        label = Label(_is_positive(labels))
+        result = self._of_loss(x, label, ops)
+        tile = _without_left_out(tile, keep, ops)
+        if tile.pos_weight is not None:
+            weight, positive = tile.pos_weight, self.loss.relabel(x, label, ops).positive
+            result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
+        return self._weighted(result, tile, keep)
 
-    def steps(self, labels: jnp.dtype) -> tuple[Step, ...]:
-        """`evaluate` in parts: each takes what the one before it returned, and `evaluate`'s arguments."""
-        if self.is_soft(labels):
-            return (self._soft,)
-        *steps, last = self.formula.steps(self.gradient)
-        return *(functools.partial(self._begin, step) for step in steps), functools.partial(self._finish, last)
+    def cuts(self, tile: Operands, ops: Ops = EXACT) -> int:
+        """How many places the loss has where a kernel may go over to another tile."""
+        passed = 0
+
+        def count(*values: Any) -> tuple[Any, ...]:
+            nonlocal passed
+            passed += 1
+            return values
+
+        if self.is_soft(tile.labels.dtype):
+            return 0  # both sides are evaluated, and each has its own
+        jax.eval_shape(lambda tile: self.evaluate(tile, None, dataclasses.replace(ops, cut=count)), tile)
+        return passed
+
+    def until_cut(self, cut: int, tile: Operands, valid: Array | None, ops: Ops) -> tuple[Any, ...]:
+        """The values at the loss's cut of that number, counted from 1; nothing after it is computed."""
+        passed = 0
+
+        def stop(*values: Any) -> tuple[Any, ...]:
+            nonlocal passed
+            passed += 1
+            if passed == cut:
+                raise _Stopped(values)
+            return values
+
+        try:
+            self.evaluate(tile, valid, dataclasses.replace(ops, cut=stop))
+        except _Stopped as stopped:
+            return stopped.values
+        raise ValueError(f"{self.loss!r} has {passed} cuts, and {cut} were counted")
+
+    def from_cut(self, cut: int, values: tuple[Any, ...], tile: Operands, valid: Array | None, ops: Ops) -> Result:
+        """`evaluate` with what `until_cut` has returned. What comes before is traced, and dropped by the compiler."""
+        passed = 0
+
+        def resume(*computed: Any) -> tuple[Any, ...]:
+            nonlocal passed
+            passed += 1
+            return tuple(values) if passed == cut else computed
+
+        return self.evaluate(tile, valid, dataclasses.replace(ops, cut=resume))
 
     def is_soft(self, labels: jnp.dtype) -> bool:
         """Whether an element may be both: each side is evaluated, and they are mixed."""
         return jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
 
     def needs_elements(self, operands: Operands) -> bool:
-        """Whether a loss has to be right by itself, and not their sums over the classes alone."""
+        """Whether each element's loss has to be right, and not just the sums over the classes."""
         if self.value != "rows":
             return self.value == "elements"
         weighted = operands.weights is not None or operands.pos_weight is not None
         return weighted or self.is_soft(operands.labels.dtype)
 
-    def losses(self, sums: Array, chip: Arithmetic) -> Array:
-        """The rows' losses from sums of those that a chip may have left without a sign (`Arithmetic.by_element`)."""
-        if chip.by_element:
+    def losses(self, sums: Array, ops: Ops) -> Array:
+        """The losses per row from sums of elements that may not be `Ops.signed_per_element`."""
+        if ops.signed_per_element:
             return sums
-        sums = sums * self.formula.sign(self.gradient)
-        if not getattr(self.formula, "non_negative", False):
+        sums = sums * self.loss.sign(self.gradient)
+        if not self.loss.non_negative:
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
-    def _begin(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Any:
-        x, labels, _ = self._read(tile, valid)
-        return step(known, x, _is_positive(labels), chip)
+    def _of_loss(self, x: Array, label: Label, ops: Ops) -> Result:
+        if not self.gradient:
+            return Result(self.loss.value(x, label, ops), None)
+        value, gradient = self.loss.value_and_slope(x, label, ops)
+        return Result(None if self.value is None else value, gradient)
 
-    def _finish(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
-        x, labels, keep = self._read(tile, valid)
-        positive = _is_positive(labels)
-        result = self._asked(step(known, x, positive, chip))
-        tile = _without_left_out(tile, keep, chip)
-        if tile.pos_weight is not None:
-            weight = tile.pos_weight
-            result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
-        return self._weighted(result, tile, keep)
-
-    def _soft(self, _: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
-        x, labels, keep = self._read(tile, valid)
-        tile = _without_left_out(tile._replace(labels=labels), keep, chip)
+    def _mixed(self, x: Array, tile: Operands, ops: Ops) -> Result:
+        """Both sides, weighted by the label."""
         labels = tile.labels
         y = _is_positive(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
             # No label: the formula would give a number without meaning, a negative loss too.
             y = jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
-        sides = (evaluate(self.formula, x, positive, chip, self.gradient) for positive in (True, False))
-        of_positive, of_negative = (self._asked(side) for side in sides)
+        of_positive, of_negative = (self._of_loss(x, Label(positive), ops) for positive in (True, False))
+        taken_for_positive = self.loss.relabel(x, Label(False), ops).positive
 
         def mix(yes: Array, no: Array) -> Array:
             y_plus = y.astype(yes.dtype)
@@ -152,10 +181,13 @@ class Task:
             yes = _unless_infinite(y_plus, yes)
             no = _unless_infinite(y_minus, no)
             if tile.pos_weight is not None:
-                yes = _unless_infinite(y_plus, tile.pos_weight.astype(yes.dtype)) * yes
+                weight = tile.pos_weight.astype(yes.dtype)
+                yes = _unless_infinite(y_plus, weight) * yes
+                if taken_for_positive is not False:
+                    no = jnp.where(taken_for_positive, _unless_infinite(y_minus, weight), 1.0) * no
             return y_plus * yes + y_minus * no
 
-        return self._weighted(jax.tree.map(mix, of_positive, of_negative), tile, keep)
+        return jax.tree.map(mix, of_positive, of_negative)
 
     def _read(self, tile: Operands, valid: Array | None) -> tuple[Array, Array, Array | None]:
         """Logits in the compute dtype, labels that can be compared, and which elements count, None for all."""
@@ -173,10 +205,6 @@ class Task:
         # Before the formula as well as after it, or a masked NaN returns through the derivative of a select.
         return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
 
-    def _asked(self, found: tuple[Array, ...]) -> Result:
-        value, *gradient = found
-        return Result(None if self.value is None else value, gradient[0] if self.gradient else None)
-
     def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
         value, gradient = result
         if tile.weights is not None:
@@ -191,17 +219,25 @@ class Task:
         return Result(value, gradient)
 
 
+class _Stopped(Exception):
+    """Ends an evaluation at a cut."""
+
+    def __init__(self, values: tuple[Any, ...]):
+        super().__init__()
+        self.values = values
+
+
 def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 for float64 logits."""
     return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)
 
 
-def _without_left_out(tile: Operands, keep: Array | None, chip: Arithmetic) -> Operands:
+def _without_left_out(tile: Operands, keep: Array | None, ops: Ops) -> Operands:
     """Soft labels and weights with 0 where an element is left out, for JAX to differentiate with respect to them.
 
     A NaN among them would go into the derivative of their product, whatever is selected after it.
     """
-    if keep is None or not chip.differentiable:
+    if keep is None or not ops.differentiable:
         return tile
 
     factors = {name: getattr(tile, name) for name in ("labels", "weights", "pos_weight")}

@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
-from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
+from asl_pallas.losses.base import EXACT, Ops
 
 
 def _instruction(name: str, *numbers: Any) -> Array:
@@ -47,15 +47,15 @@ def _instruction(name: str, *numbers: Any) -> Array:
 # What Triton makes of jnp.exp, jnp.log, quotients and selects is some 50 instructions an element, and these are 11. By
 # NVIDIA's PTX manual they err by at most 2^-22, the reciprocal by a unit in the last place; tests/test_formula.py lets
 # them err so and finds loss and gradient within the bound.
-_GPU = Arithmetic(
+_GPU = Ops(
     exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
     log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
     reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
-    at_least=functools.partial(_instruction, "max.NaN.f32"),
-    at_most=functools.partial(_instruction, "min.NaN.f32"),
+    maximum=functools.partial(_instruction, "max.NaN.f32"),
+    minimum=functools.partial(_instruction, "min.NaN.f32"),
     multiply_add=functools.partial(_instruction, "fma.rn.f32"),
     negate=lambda condition, x: jnp.where(condition, -x, x),
-    factors=True,
+    share_power=True,
     differentiable=False,
 )
 
@@ -75,7 +75,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     tiling = tile(rows, _width(classes, flat))
     spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
-    chip = dataclasses.replace(EXACT if interpret else _GPU, by_element=task.needs_elements(operands))
+    ops = dataclasses.replace(EXACT if interpret else _GPU, signed_per_element=task.needs_elements(operands))
     whole = _stores_whole_vectors(task, operands)
 
     if task.labels == "sparse" and operands.labels.shape[1] == 0:
@@ -96,7 +96,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return (rows * classes,) if flat and shape == (rows, classes) and by_element.get(name, True) else shape
 
     results = pl.pallas_call(
-        functools.partial(_kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, whole, chip),
+        functools.partial(_kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, whole, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[result_like(operands.logits, lying(name, o.shape), o.dtype) for name, o in outputs.items()],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
@@ -107,7 +107,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     )(*(array.reshape(lying(name, array.shape)) for name, array in arrays.items()))
     found = {name: result.reshape(outputs[name].shape) for name, result in zip(outputs, results, strict=True)}
     if task.value == "rows":
-        found["value"] = task.losses(jnp.sum(found["value"], axis=1), chip)
+        found["value"] = task.losses(jnp.sum(found["value"], axis=1), ops)
     return Result(found.get("value"), found.get("gradient"))
 
 
@@ -141,7 +141,7 @@ def _width(classes: int, flat: bool) -> int:
     return classes + (_VECTOR - 1 if flat else 0)
 
 
-def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, whole: bool, chip: Arithmetic, *refs):
+def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, whole: bool, ops: Ops, *refs):
     inputs = dict(zip(names, refs, strict=False))
     out = dict(zip(outputs, refs[len(names) :], strict=True))
     rows, classes = shape
@@ -209,7 +209,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
         if few_labels is not None:
             tile["labels"] = few_labels(c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
         neighbours = edge and flat and whole
-        result = task.evaluate(Operands(**tile), None if neighbours else class_exists, chip)
+        result = task.evaluate(Operands(**tile), None if neighbours else class_exists, ops)
         if task.gradient:
             store(out["gradient"], result.gradient)
         if task.value == "elements":

@@ -9,21 +9,21 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
-from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
+from asl_pallas.losses.base import EXACT, Ops
 
-CPU = Arithmetic(log=log, factors=True, differentiable=False, from_the_logit=True)
+CPU = Ops(log=log, share_power=True, differentiable=False, reload_logit=True)
 _UNPACKED = 1024  # classes
 
 
-def run(task: Task, operands: Operands, chip: Arithmetic = EXACT) -> Result:
+def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     operands = operands._replace(labels=positives(task.labels, operands.labels, operands.logits.shape[-1]))
-    value, gradient = task.bind(operands.scalars).evaluate(operands, chip=chip)
+    value, gradient = task.bind(operands.scalars).evaluate(operands, ops=ops)
     if task.value == "rows":
         value = sum_over(value, (value.ndim - 1,))
     if task.gradient:
@@ -56,8 +56,8 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         if packed:
             gradient = _by_blocks(alone, operands, tiling)
         else:
-            chip = dataclasses.replace(CPU, by_element=alone.needs_elements(operands))
-            gradient = run(alone, operands if value is None else _after(value, operands), chip).gradient
+            ops = dataclasses.replace(CPU, signed_per_element=alone.needs_elements(operands))
+            gradient = run(alone, operands if value is None else _after(value, operands), ops).gradient
     return Result(value, gradient)
 
 
@@ -78,7 +78,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     packed = task.labels == "packed"
     sums = task.value == "rows"
     dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
-    chip = dataclasses.replace(CPU, by_element=task.needs_elements(operands))
+    ops = dataclasses.replace(CPU, signed_per_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task.bind(operands.scalars), value=None if task.gradient else "elements")
 
     # Whole groups of a sum: to fill them up, XLA would copy the losses.
@@ -108,7 +108,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             parts = {name: at(array, row, column + start, columns) for name, array in arrays.items()}
             if labels is not None:
                 parts["labels"] = at(labels, 0, start, columns)
-            return by_element.evaluate(Operands(**parts), chip=chip)
+            return by_element.evaluate(Operands(**parts), ops=ops)
 
         if not sums:
             found = evaluate(0, tiling.classes)
@@ -135,7 +135,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     start = jnp.zeros((rows, columns if sums else classes), dtype)
     result = lax.fori_loop(0, math.ceil(rows / tiling.rows), blocks_of_rows, start)
-    return task.losses(sum_last(result), chip) if sums else result
+    return task.losses(sum_last(result), ops) if sums else result
 
 
 def _unpacked(words: Array, classes: int) -> Array:

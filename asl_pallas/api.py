@@ -1,4 +1,4 @@
-"""asymmetric_loss: the public function, its axis and its derivative rules."""
+"""The public functions of logits, their axis and their derivative rules."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from asl_pallas import arguments, kernels, residuals, sharding
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 
 
 @arguments.explains_foreign_names
@@ -109,39 +109,137 @@ def asymmetric_loss(
       Ridnik, Ben-Baruch, Zamir, Noy, Friedman, Protter, Zelnik-Manor: Asymmetric Loss For Multi-Label Classification,
       ICCV 2021, https://arxiv.org/abs/2009.14119, equations (4) to (7).
     """
-    x = arguments.check_logits(logits)
-    axes = arguments.check_axis(axis, x.ndim)
-    mask = arguments.check_where(where, x, axes)
-    ignore = arguments.check_ignore_label(ignore_label)
-    known, traced = {}, []
-    for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
-        known[name], scalar = arguments.check_hyperparameter(name, number)
-        if scalar is not None:
-            traced.append(scalar)
-    formula = AsymmetricLoss(
-        **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
+    loss = AsymmetricLoss(gamma_neg, gamma_pos, clip, arguments.check_flag("stop_focus_gradient", stop_focus_gradient))
+    return _multilabel_loss(
+        "asymmetric_loss",
+        loss,
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        donate_logits=donate_logits,
+        logits_spec=logits_spec,
+        implementation=implementation,
     )
+
+
+def multilabel_loss(
+    loss: ElementwiseLoss,
+    logits: ArrayLike,
+    labels: ArrayLike | PackedLabels | SparseLabels,
+    *,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    label_smoothing: float = 0.0,
+    donate_logits: bool = False,
+    logits_spec: PartitionSpec | None = None,
+    implementation: str | None = None,
+) -> Array:
+    r"""Any elementwise loss of multilabel logits, summed over the classes by default.
+
+    An element's loss is what the object says, its positive term times pos_weight, and all of it times its weight. Soft
+    labels y mix the losses of a positive and of a negative: y * pos_weight * L+ + (1 - y) * L-.
+
+    Args:
+      loss: a loss object, `AsymmetricLoss()` say, or one of your own. A hyper-parameter that is a Python number is
+        compiled in; one that is a scalar array is an operand, so that one compilation serves a schedule.
+      logits, labels, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
+        implementation: as in `asymmetric_loss`.
+
+    Returns:
+      The loss, float32, or float64 for float64 logits. The gradient has the logits' dtype. Reverse mode differentiates
+      with respect to logits, float labels, weights and pos_weight, twice as well.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
+        with respect to a hyper-parameter; a forward-mode derivative.
+      NotImplementedError: the implementation asked for by name can't serve the call or the platform.
+    """
+    return _multilabel_loss(
+        "multilabel_loss",
+        loss,
+        logits,
+        labels,
+        axis=axis,
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        donate_logits=donate_logits,
+        logits_spec=logits_spec,
+        implementation=implementation,
+    )
+
+
+def sigmoid_asymmetric_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma_neg: ArrayLike = 4.0,
+    gamma_pos: ArrayLike = 1.0,
+    clip: ArrayLike = 0.05,
+) -> Array:
+    """Asymmetric loss of each element, in the shape and with the names of optax's classification losses.
+
+    Args:
+      logits: any float array, unnormalised log-odds.
+      labels: the logits' shape: 0 and 1, or floats in [0, 1].
+      gamma_neg, gamma_pos, clip: as in `asymmetric_loss`.
+
+    Returns:
+      The loss of each element, of the logits' shape; float32, or float64 for float64 logits.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from asl_pallas import sigmoid_asymmetric_loss
+      >>> logits = jnp.array([[2.0, -1.0, 0.5], [-3.0, 0.0, 4.0]])
+      >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+      >>> sigmoid_asymmetric_loss(logits, labels).round(4).tolist()
+      [[0.0151, 0.0006, 0.0915], [0.0, 0.3466, 0.0003]]
+
+    Reference:
+      https://arxiv.org/abs/2009.14119, equations (4) to (7).
+    """
+    return asymmetric_loss(logits, labels, gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip, axis=())
+
+
+def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **options: Any) -> Array:
+    x = arguments.check_logits(logits)
+    axes = arguments.check_axis(options["axis"], x.ndim)
+    where = options["where"]
+    mask = arguments.check_where(where, x, axes)
+    ignore = arguments.check_ignore_label(options["ignore_label"])
+    static_loss, scalars = arguments.check_loss(loss)
     form, label_array = arguments.check_labels(labels, x, where, ignore)
     call = _Call(
-        formula=formula,
+        function=function,
+        loss=static_loss,
         axes=axes,
         labels=form,
         ignore_label=ignore,
-        label_smoothing=arguments.check_label_smoothing(label_smoothing),
-        implementation=arguments.check_implementation(implementation),
+        label_smoothing=arguments.check_label_smoothing(options["label_smoothing"]),
+        implementation=arguments.check_implementation(options["implementation"]),
         interpret=kernels.interpreting(),
-        donate_logits=arguments.check_flag("donate_logits", donate_logits),
-        logits_spec=arguments.check_spec("logits", logits_spec, x.ndim),
+        donate_logits=arguments.check_flag("donate_logits", options["donate_logits"]),
+        logits_spec=arguments.check_spec("logits", options["logits_spec"], x.ndim),
     )
     arrays = _Arrays(
         logits=x,
         labels=label_array,
         where=mask,
-        weights=arguments.check_weights("weights", weights, x, axes),
-        pos_weight=arguments.check_weights("pos_weight", pos_weight, x, axes),
-        scalars=tuple(traced),
+        weights=arguments.check_weights("weights", options["weights"], x, axes),
+        pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], x, axes),
+        scalars=scalars,
     )
-    return _asymmetric_loss(call, arguments.constants(arrays, x), arrays)
+    return _compiled(call, arguments.constants(arrays, x), arrays)
 
 
 class _Arrays(NamedTuple):
@@ -159,7 +257,8 @@ class _Arrays(NamedTuple):
 class _Call:
     """All that is known of a call before it is traced."""
 
-    formula: AsymmetricLoss
+    function: str
+    loss: ElementwiseLoss
     axes: tuple[int, ...]
     labels: Form
     ignore_label: int | None
@@ -171,7 +270,7 @@ class _Call:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -> Array:
+def _compiled(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -> Array:
     *leading, classes = arrays.logits.shape
     ndim = len(leading) + 1
     dtype = compute_dtype(arrays.logits.dtype)
@@ -182,7 +281,7 @@ def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
     arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
-    arrays = reverse_mode_only("asymmetric_loss", arrays._replace(scalars=()))._replace(scalars=arrays.scalars)
+    arrays = reverse_mode_only(call.function, arrays._replace(scalars=()))._replace(scalars=arrays.scalars)
     operands = Operands(
         logits=arrays.logits,
         labels=arrays.labels,
@@ -193,8 +292,9 @@ def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -
     )
     sums_classes = ndim - 1 in call.axes
     plan = _Plan(
+        function=call.function,
         task=Task(
-            formula=call.formula,
+            loss=call.loss,
             value="rows" if sums_classes else "elements",
             gradient=False,
             ignore_label=call.ignore_label,
@@ -220,7 +320,7 @@ def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -
     except sharding.CannotCutError as reason:
         # Right in any case, and XLA can partition it; a kernel it can't.
         if plan.implementation != kernels.PLAIN:
-            warnings.warn(f"{reason}; asymmetric_loss leaves the formula to XLA", stacklevel=3)
+            warnings.warn(f"{reason}; {call.function} leaves the formula to XLA", stacklevel=3)
         plan = plan.plain()
     if plan.implementation not in (None, kernels.PLAIN):
         on_a_device = sharding.shard_of(plan.task, operands, plan.layout)
@@ -232,6 +332,7 @@ def _asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
+    function: str
     task: Task
     implementation: str | None
     interpret: bool
@@ -288,7 +389,7 @@ def _loss_backward(plan: _Plan, kept, cotangent: Array):
     perturbed = residuals.from_array(kept[2], Operands._fields)
     if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
         raise TypeError(
-            f"asymmetric_loss has no derivative with respect to {' or '.join(plan.task.formula.traced())}; wrap the "
+            f"{plan.function} has no derivative with respect to {' or '.join(plan.task.loss.traced())}; wrap the "
             "hyper-parameter in jax.lax.stop_gradient"
         )
     found: dict[str, Any] = dict.fromkeys(Operands._fields)

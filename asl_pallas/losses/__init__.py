@@ -1,0 +1,21 @@
+"""The losses of the family, and what one of your own derives from."""
+
+from asl_pallas.losses.asymmetric import AsymmetricLoss
+from asl_pallas.losses.base import ElementwiseLoss, Label, Ops, hyperparameter
+from asl_pallas.losses.focal import BinaryCrossEntropy, FocalLoss
+from asl_pallas.losses.hill import HillLoss
+from asl_pallas.losses.polynomial import AsymmetricPolynomialLoss
+from asl_pallas.losses.self_paced import SelfPacedLoss
+
+__all__ = [
+    "AsymmetricLoss",
+    "AsymmetricPolynomialLoss",
+    "BinaryCrossEntropy",
+    "ElementwiseLoss",
+    "FocalLoss",
+    "HillLoss",
+    "Label",
+    "Ops",
+    "SelfPacedLoss",
+    "hyperparameter",
+]
