@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
@@ -217,11 +216,11 @@ def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **optio
     where = options["where"]
     mask = arguments.check_where(where, x, axes)
     ignore = arguments.check_ignore_label(options["ignore_label"])
-    static_loss, scalars = arguments.check_loss(loss)
+    checked = arguments.check_loss(loss, x, axes)
     form, label_array = arguments.check_labels(labels, x, where, ignore)
     call = _Call(
         function=function,
-        loss=static_loss,
+        loss=checked.static,
         axes=axes,
         labels=form,
         ignore_label=ignore,
@@ -237,7 +236,8 @@ def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **optio
         where=mask,
         weights=arguments.check_weights("weights", options["weights"], x, axes),
         pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], x, axes),
-        scalars=scalars,
+        vectors=checked.vectors,
+        scalars=checked.scalars,
     )
     return _compiled(call, arguments.constants(arrays, x), arrays)
 
@@ -250,6 +250,7 @@ class _Arrays(NamedTuple):
     where: Array | None
     weights: Array | None
     pos_weight: Array | None
+    vectors: tuple[Array, ...]
     scalars: tuple[Array, ...]
 
 
@@ -281,13 +282,15 @@ def _compiled(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -> Array
         return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
 
     arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
-    arrays = reverse_mode_only(call.function, arrays._replace(scalars=()))._replace(scalars=arrays.scalars)
+    hyperparameters = {"vectors": arrays.vectors, "scalars": arrays.scalars}
+    arrays = reverse_mode_only(call.function, arrays._replace(vectors=(), scalars=()))._replace(**hyperparameters)
     operands = Operands(
         logits=arrays.logits,
         labels=arrays.labels,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
         pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
+        vectors=tuple(ranked(vector.astype(dtype)) for vector in arrays.vectors),
         scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
     )
     sums_classes = ndim - 1 in call.axes
@@ -374,8 +377,7 @@ def _loss_forward(plan: _Plan, operands: Operands):
 
     float16 is the exception: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came.
     """
-    perturbed = {name for name, operand in operands._asdict().items() if operand is not None and operand.perturbed}
-    operands = jax.tree.map(lambda leaf: leaf.value, operands, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    perturbed, operands = residuals.perturbed(operands)
     one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
     result = _run(plan.wants(value=True, gradient=one_pass), operands)
     gradient = result.gradient if one_pass else residuals.absent(result.value)
@@ -386,8 +388,8 @@ def _loss_forward(plan: _Plan, operands: Operands):
 
 def _loss_backward(plan: _Plan, kept, cotangent: Array):
     gradient, operands = residuals.present(kept[:2])
-    perturbed = residuals.from_array(kept[2], Operands._fields)
-    if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
+    perturbed = set(residuals.from_array(kept[2], Operands._fields))
+    if perturbed & {"vectors", "scalars"}:  # here, since JAX doesn't forget that a forward rule has raised
         raise TypeError(
             f"{plan.function} has no derivative with respect to {' or '.join(plan.task.loss.traced())}; wrap the "
             "hyper-parameter in jax.lax.stop_gradient"

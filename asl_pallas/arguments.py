@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from asl_pallas.kernels.tile import Form
 from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
-from asl_pallas.losses.base import TRACED, Bounds, ElementwiseLoss, hyperparameters
+from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, hyperparameters
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -192,48 +192,69 @@ def check_weights(
     return None if weights is None else _broadcastable(name, _real(name, weights), logits.shape, axes)
 
 
-def check_loss(loss: Any) -> tuple[ElementwiseLoss, tuple[Array, ...]]:
-    """The loss with `TRACED` for each hyper-parameter that JAX holds, which is hashable, and those arrays in order."""
+class CheckedLoss(NamedTuple):
+    """A loss that is hashable, and the arrays that `ElementwiseLoss.bind` fills in again."""
+
+    static: ElementwiseLoss
+    scalars: tuple[Array, ...]
+    vectors: tuple[Array, ...]
+
+
+def check_loss(loss: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> CheckedLoss:
     if isinstance(loss, type) and issubclass(loss, ElementwiseLoss):
         raise TypeError(f"loss is the class {loss.__name__}; expected an object of it: {loss.__name__}()")
     if not isinstance(loss, ElementwiseLoss):
-        raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.losses.AsymmetricLoss()")
+        raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.AsymmetricLoss()")
     if not dataclasses.is_dataclass(loss):
         raise TypeError(f"{type(loss).__name__} is no dataclass; write @dataclasses.dataclass(frozen=True) above it")
-    changes, arrays = {}, []
-    for name, number, bounds in hyperparameters(loss):
-        known, array = _check_hyperparameter(name, number, bounds)
-        changes[name] = known
-        if array is not None:
-            arrays.append(array)
+    changes: dict[str, Any] = {}
+    scalars, vectors = [], []
+    for name, value, bounds in hyperparameters(loss):
+        number, array = _check_hyperparameter(name, value, bounds)
+        if array is None:
+            changes[name] = number
+        elif array.size == 1 and array.ndim <= len(logits.shape):
+            changes[name] = TRACED
+            scalars.append(array.reshape(()))
+        else:
+            changes[name] = PER_CLASS
+            vectors.append(_broadcastable(name, array, logits.shape, axes))
     static = loss.replaced(changes)
     try:
         hash(static)
     except TypeError as error:
         raise TypeError(f"{loss!r} can't be hashed: {error}; expected numbers, arrays and hashable settings") from error
-    return static, tuple(arrays)
+    return CheckedLoss(static, tuple(scalars), tuple(vectors))
 
 
-def _check_hyperparameter(name: str, number: Any, bounds: Bounds) -> tuple[Any, Array | None]:
-    """(the number, None) where it is known in Python; (TRACED, the scalar) where JAX has it."""
-    number = unwrap(number)
-    if number is None and name == "clip":
-        raise TypeError(f"{name}=None; expected a real number or a traced scalar: clip=0 is no margin")
-    if isinstance(number, (bool, str, complex)) or number is None:
-        raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar")
-    if not isinstance(number, jax.Array):
+def _check_hyperparameter(name: str, value: Any, bounds: Bounds) -> tuple[float | None, Array | None]:
+    """(the number, None) where it is known in Python; (None, the array) where JAX has it or it has a dimension."""
+    value = unwrap(value)
+    expected = "a real number, a traced scalar or an array of one value per class"
+    if value is None and name == "clip":
+        raise TypeError(f"{name}=None; expected {expected}: clip=0 is no margin")
+    if isinstance(value, (bool, str, complex)) or value is None:
+        raise TypeError(f"{name}={value!r}; expected {expected}")
+    if isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected {expected}")
+    if not isinstance(value, jax.Array) and np.ndim(value) == 0:
         try:
-            known = float(number)
+            known = float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar") from error
+            raise TypeError(f"{name}={value!r}; expected {expected}") from error
         if known not in bounds:
-            raise ValueError(f"{name}={number!r}; expected {bounds.sentence(name)}")
+            raise ValueError(f"{name}={value!r}; expected {bounds.sentence(name)}")
         return known, None
-    if number.shape != () or not (jnp.issubdtype(number.dtype, jnp.integer) or _is_real(number.dtype)):
-        raise TypeError(f"{name} is an array {number.dtype.name}{list(number.shape)}; expected a real scalar")
-    if not is_traced(number) and float(number) not in bounds:
-        raise ValueError(f"{name}={float(number)}; expected {bounds.sentence(name)}")
-    return TRACED, number
+    array = _array(name, value)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
+        raise TypeError(f"{name} is an array {array.dtype.name}{list(array.shape)}; expected {expected}")
+    if not is_traced(array):
+        outside = [float(number) for number in np.ravel(np.asarray(array, np.float64)) if float(number) not in bounds]
+        if outside and array.ndim == 0:
+            raise ValueError(f"{name}={outside[0]}; expected {bounds.sentence(name)}")
+        if outside:
+            raise ValueError(f"{name} has the value {outside[0]}; expected {bounds.sentence(name)}")
+    return None, array
 
 
 def check_label_smoothing(label_smoothing: Any) -> float:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
@@ -177,7 +176,7 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
     where = options["where"]
     mask = arguments.check_where(where, logits, axes)
     ignore = arguments.check_ignore_label(options["ignore_label"])
-    static_loss, scalars = arguments.check_loss(loss)
+    checked = arguments.check_loss(loss, logits, axes)
     if logits.ndim - 1 not in axes:
         raise ValueError(
             f"axis={options['axis']!r} leaves the classes in, an array of the logits' size; expected -1, None or a "
@@ -187,7 +186,7 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
     call = _Call(
         function=function,
         task=Task(
-            static_loss,
+            checked.static,
             value="rows",
             gradient=False,
             labels=form,
@@ -210,7 +209,8 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
         where=mask,
         weights=arguments.check_weights("weights", options["weights"], logits, axes),
         pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], logits, axes),
-        scalars=scalars or None,
+        vectors=checked.vectors,
+        scalars=checked.scalars or None,
     )
     return _compiled(call, arguments.constants(arrays, w), arrays)
 
@@ -244,8 +244,10 @@ def _compiled(call: _Call, constants: tuple[str, ...], arrays: Arrays) -> Array:
 
     arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
     scalars = None if arrays.scalars is None else jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars])
-    arrays = reverse_mode_only(call.function, arrays._replace(scalars=None))
+    vectors = tuple(ranked(vector.astype(dtype)) for vector in arrays.vectors)
+    arrays = reverse_mode_only(call.function, arrays._replace(vectors=(), scalars=None))
     arrays = arrays._replace(
+        vectors=vectors,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
         pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
@@ -323,12 +325,7 @@ def _loss_forward(plan: _Plan, arrays: Arrays):
     A loss an example has a cotangent an example, which belongs under the sum over the examples: that waits for it. So
     do float16 gradients, which could vanish before a loss scale came.
     """
-    perturbed = {
-        name
-        for name, array in arrays._asdict().items()
-        if any(leaf.perturbed for leaf in jax.tree.leaves(array, is_leaf=_is_primal))
-    }
-    arrays = jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=_is_primal)
+    perturbed, arrays = residuals.perturbed(arrays)
     wanted = tuple(name for name in PARAMETERS if name in perturbed)
     dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
     one_pass = plan.total and bool(wanted) and jnp.dtype(jnp.float16) not in dtypes
@@ -339,14 +336,10 @@ def _loss_forward(plan: _Plan, arrays: Arrays):
     return found.value, (Found(None, *gradients), kept, residuals.as_array(perturbed, Arrays._fields))
 
 
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, CustomVJPPrimal)
-
-
 def _loss_backward(plan: _Plan, kept, cotangent: Array):
     found, arrays = residuals.present(kept[:2])
-    perturbed = residuals.from_array(kept[2], Arrays._fields)
-    if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
+    perturbed = set(residuals.from_array(kept[2], Arrays._fields))
+    if perturbed & {"vectors", "scalars"}:  # here, since JAX doesn't forget that a forward rule has raised
         names = " or ".join(plan.work.task.loss.traced())
         raise TypeError(
             f"{plan.function} has no derivative with respect to {names}; wrap the hyper-parameter in "

@@ -95,10 +95,13 @@ def lay(arrays: Arrays, form: Form, layout: HeadLayout) -> Arrays:
     if AxisType.Explicit not in kinds_of(layout.mesh).values():
         return arrays
     specs = _specs(arrays, form, layout)._asdict()
-    laid: dict[str, Any] = {
-        name: a if a is None else _lay(a, specs[name], layout) for name, a in arrays._asdict().items()
-    }
-    return Arrays(**laid)
+
+    def lay_one(array: Any, spec: Any) -> Any:
+        if isinstance(array, tuple):
+            return tuple(map(lay_one, array, spec))
+        return None if array is None else _lay(array, spec, layout)
+
+    return Arrays(**{name: lay_one(array, specs[name]) for name, array in arrays._asdict().items()})
 
 
 def _lay(array: Array, spec: PartitionSpec, layout: HeadLayout) -> Array:
@@ -130,6 +133,8 @@ def _specs(arrays: Arrays, form: Form, layout: HeadLayout) -> Any:
             specs[name] = None
         elif name == "labels":
             specs[name] = like_logits(array, array.shape[-1] if _is_cut(form, classes, layout) else ALIKE)
+        elif name == "vectors":
+            specs[name] = tuple(like_logits(vector, classes) for vector in array)
         elif name not in specs:
             specs[name] = like_logits(array, classes)
     return Arrays(**specs)

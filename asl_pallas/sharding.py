@@ -112,8 +112,9 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     words_are_cut = _words_are_cut(task, classes)
     shapes = _shapes(task, operands, layout)
     if AxisType.Explicit in kinds.values():
-        operands = operands._replace(**{n: _lay(o, layout, shapes[n]) for n, o in operands.arrays().items()})
-    specs = {name: layout.spec(operand, shapes[name]) for name, operand in operands.arrays().items()}
+        operands = operands.map(lambda name, operand: _lay(operand, layout, shapes[name]))
+    specs = operands.map(lambda name, operand: layout.spec(operand, shapes[name]))
+    specs = specs._replace(scalars=None if operands.scalars is None else PartitionSpec())
 
     def body(operands: Operands) -> Result:
         if class_axes and task.labels != "dense" and not words_are_cut:
@@ -126,13 +127,12 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
             value = lax.psum(value, class_axes)
         return Result(value, gradient)
 
-    of_logits = specs["logits"]
+    of_logits = specs.logits
     of_value = {"rows": PartitionSpec(*of_logits[:-1]), "elements": of_logits, None: None}[task.value]
-    all_specs: dict[str, Any] = {**specs, "scalars": None if operands.scalars is None else PartitionSpec()}
     on_mesh = jax.shard_map(
         body,
         mesh=layout.mesh,
-        in_specs=(Operands(**all_specs),),
+        in_specs=(specs,),
         out_specs=Result(of_value, of_logits if task.gradient else None),
         # Where none is taken JAX's default: under vmap it leaves out the axis that shares out the mapped dimension.
         axis_names=free if len(free) < len(kinds) else frozenset(),
@@ -151,13 +151,13 @@ def shard_of(task: Task, operands: Operands, layout: Layout | None) -> Operands:
         return jax.ShapeDtypeStruct(sizes, operand.dtype)
 
     shapes = {} if layout is None else _shapes(task, operands, layout)
-    return operands._replace(**{name: shard(o, shapes.get(name, ())) for name, o in operands.arrays().items()})
+    return operands.map(lambda name, operand: shard(operand, shapes.get(name, ())))
 
 
 def _shapes(task: Task, operands: Operands, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Of what shape an operand is where it lies as the logits do, by name."""
     shape = operands.logits.shape
-    shapes = dict.fromkeys(operands.arrays(), shape)
+    shapes = {name: shape for name, _ in operands.arrays()}
     if task.labels != "dense":
         # Words lie as the logits do where a shard has whole groups of them. Else every device that shares the classes
         # out has all of them, as it has all ids.

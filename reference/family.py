@@ -23,9 +23,7 @@ def binary_cross_entropy(x: Any, positive: bool, xp: ModuleType = np) -> tuple[A
     return _softplus(x, xp), _sigmoid(x, xp)
 
 
-def focal(
-    x: Any, positive: bool, xp: ModuleType = np, *, gamma: Any = 2.0, alpha: Any = None
-) -> tuple[Any, Any]:
+def focal(x: Any, positive: bool, xp: ModuleType = np, *, gamma: Any = 2.0, alpha: Any = None) -> tuple[Any, Any]:
     """alpha q^gamma * -log p, or (1 - alpha) p^gamma * -log q: arXiv 1708.02002, equation (5)."""
     wrong = -x if positive else x  # the logit of the wrong answer
     p, q, surprise = _sigmoid(wrong, xp), _sigmoid(-wrong, xp), _softplus(wrong, xp)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cases import assert_no_worse, cotangent_of, interpreted, labels_of, logits_of
 
-from asl_pallas import PackedLabels, SparseLabels, linear_multilabel_loss, multilabel_loss
+from asl_pallas import PackedLabels, SparseLabels, multilabel_loss
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import (
     AsymmetricPolynomialLoss,
@@ -111,3 +111,139 @@ def test_a_loss_matches_float64(name, implementation):
     assert_near(name, found, x, y, ct)
     found = value_and_slope(LOSSES[name][0], x, y, ct, implementation, weights=weights, pos_weight=pos_weight)
     assert_near(name, found, x, y, ct, weights, pos_weight)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_packed_and_sparse_labels_give_the_numbers_of_dense_ones(name):
+    x, y, ct = inputs()
+    dense = value_and_slope(LOSSES[name][0], x, y, ct, None)
+    for form in FORMS.values():
+        for ours, theirs in zip(value_and_slope(LOSSES[name][0], x, form(y), ct, None), dense, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_soft_labels_mix_the_two_sides(name):
+    x, _, ct = inputs()
+    y = labels_of(SHAPE, 4, "float32")
+    pos_weight = np.random.default_rng(3).uniform(0.5, 3, SHAPE[1]).astype(np.float32)
+    found = value_and_slope(LOSSES[name][0], x, y, ct, None, pos_weight=pos_weight)
+    assert_near(name, found, x, y, ct, 1.0, pos_weight)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_head_gives_the_loss_of_its_logits(name):
+    loss = LOSSES[name][0]
+    random = np.random.default_rng(0)
+    features, kernel = (random.normal(0, s, n).astype(np.float32) for s, n in ((1, (6, 8)), (0.7, (8, 150))))
+    y = labels_of((6, 150), 5)
+
+    def head(features: Any, kernel: Any) -> Any:
+        return linear_multilabel_loss(loss, features, kernel, y, axis=None, chunk_size=64)
+
+    def unfused(features: Any, kernel: Any) -> Any:
+        return multilabel_loss(loss, jnp.dot(features, kernel), y, axis=None)
+
+    (ours, slopes), (theirs, expected) = (jax.value_and_grad(f, (0, 1))(features, kernel) for f in (head, unfused))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for slope, wanted in zip(slopes, expected, strict=True):
+        np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-4)
+
+
+PER_CLASS: dict[str, dict[str, tuple[float, float]]] = {
+    "focal-alpha": {"gamma": (0.5, 3.0), "alpha": (0.1, 0.9)},
+    "hill": {"gamma": (1.0, 3.0), "margin": (0.0, 1.0), "lamb": (1.0, 2.0)},
+    "self-paced": {"gamma": (1.0, 3.0), "threshold": (0.4, 0.9)},
+    "polynomial-focused": {"gamma_neg": (1.0, 4.0), "epsilon_pos": (0.0, 1.0)},
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", PER_CLASS)
+def test_a_hyperparameter_may_have_a_value_per_class(name, implementation):
+    """Each class of the loss with vectors is that class of a loss with numbers."""
+    if implementation == "mosaic_gpu" and (reason := lacks_mosaic_gpu()):
+        pytest.skip(reason)
+    x, y, ct = inputs()
+    random = np.random.default_rng(6)
+    choices = {key: np.float32([low, high]) for key, (low, high) in PER_CLASS[name].items()}
+    which = random.integers(0, 2, SHAPE[1])
+    loss = dataclasses.replace(LOSSES[name][0], **{key: both[which] for key, both in choices.items()})
+    value, slope = value_and_slope(loss, x, y, ct, implementation)
+    expected_value, expected_slope = 0.0, np.zeros(SHAPE)
+    for k in range(2):
+        of_numbers = dataclasses.replace(LOSSES[name][0], **{key: float(both[k]) for key, both in choices.items()})
+        part, of_part = value_and_slope(of_numbers, x, y, ct, "xla", where=jnp.asarray(which == k))
+        expected_value, expected_slope = expected_value + part, expected_slope + of_part
+    np.testing.assert_allclose(value, expected_value, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(slope, expected_slope, rtol=1e-4, atol=1e-5)
+    scalar = dataclasses.replace(LOSSES[name][0], **{key: jnp.float32(both[0]) for key, both in choices.items()})
+    same = dataclasses.replace(LOSSES[name][0], **{key: np.full(SHAPE[1], both[0]) for key, both in choices.items()})
+    for ours, theirs in zip(*(value_and_slope(loss, x, y, ct, implementation) for loss in (scalar, same)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("axis", [-1, None])
+def test_the_head_takes_a_value_per_class_chunk_by_chunk(axis):
+    random = np.random.default_rng(0)
+    features, kernel = (random.normal(0, s, n).astype(np.float32) for s, n in ((1, (6, 8)), (0.7, (8, 150))))
+    y, gamma = labels_of((6, 150), 5), random.uniform(0, 4, 150).astype(np.float32)
+
+    def head(features: Any, kernel: Any) -> Any:
+        loss = FocalLoss(gamma, jnp.linspace(0.1, 0.9, 150))
+        return linear_multilabel_loss(loss, features, kernel, y, axis=axis, chunk_size=64).sum()
+
+    def unfused(features: Any, kernel: Any) -> Any:
+        loss = FocalLoss(gamma, jnp.linspace(0.1, 0.9, 150))
+        return multilabel_loss(loss, jnp.dot(features, kernel), y, axis=axis).sum()
+
+    (ours, slopes), (theirs, expected) = (jax.value_and_grad(f, (0, 1))(features, kernel) for f in (head, unfused))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for slope, wanted in zip(slopes, expected, strict=True):
+        np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_loss_is_a_pytree_of_its_arrays_and_passes_through_jit_scan_and_map():
+    loss = FocalLoss(jnp.float32(2.0), 0.25)
+    leaves, structure = jax.tree.flatten(loss)
+    assert [float(leaf) for leaf in leaves] == [2.0]
+    assert structure == jax.tree.structure(FocalLoss(jnp.float32(1.0), 0.25))
+    assert structure != jax.tree.structure(FocalLoss(jnp.float32(1.0), 0.5))
+    assert jax.tree.map(lambda leaf: leaf + 1, loss).gamma == 3.0
+    x, y, _ = inputs()
+    expected = multilabel_loss(FocalLoss(2.0, 0.25), x, y)
+    np.testing.assert_allclose(jax.jit(multilabel_loss)(loss, x, y), expected, rtol=1e-5)
+
+    def step(loss: FocalLoss, _: Any) -> tuple[FocalLoss, Any]:
+        return jax.tree.map(lambda gamma: gamma + 1, loss), multilabel_loss(loss, x, y).sum()
+
+    _, totals = jax.lax.scan(step, FocalLoss(jnp.float32(1.0), 0.25), length=2)
+    np.testing.assert_allclose(totals[1], expected.sum(), rtol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squared(ElementwiseLoss):
+    """One of a user's own: the squared distance of the logit from +-margin."""
+
+    margin: Any = 1.0
+
+    def value(self, logit: Any, label: Any, ops: Any = None) -> Any:
+        return jnp.square(logit - label.select(self.margin, 0.0 - self.margin))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_loss_of_ones_own_is_a_class_with_a_value(implementation):
+    if implementation == "mosaic_gpu" and (reason := lacks_mosaic_gpu()):
+        pytest.skip(reason)
+    x, y, ct = inputs()
+    x = np.clip(x, -30, 30)
+    margin = np.linspace(0.5, 2, SHAPE[1], dtype=np.float32)
+    for loss, m in ((Squared(), 1.0), (Squared(jnp.float32(0.5)), 0.5), (Squared(margin), margin)):
+        value, slope = value_and_slope(loss, x, y, ct, implementation)
+        off = x - np.where(y > 0, m, -m)
+        np.testing.assert_allclose(value, np.square(off).sum(-1), rtol=1e-5)
+        np.testing.assert_allclose(slope, 2 * off * ct[:, None], rtol=1e-5, atol=1e-5)
+    features, kernel = np.float32(np.random.default_rng(0).normal(size=(9, 4))), np.float32(np.eye(4, 150))
+    head = linear_multilabel_loss(Squared(margin), features, kernel, y, chunk_size=64)
+    expected = np.square(features @ kernel - np.where(y > 0, margin, -margin)).sum(-1)
+    np.testing.assert_allclose(head, expected, rtol=1e-5)

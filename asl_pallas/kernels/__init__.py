@@ -84,7 +84,7 @@ def _beyond_its_offsets(implementation: str, operands: Operands) -> str | None:
     if implementation == "mosaic_gpu" and operands.logits.size > LARGEST_INT32:
         return f"it counts at most {LARGEST_INT32} elements on a device, and the logits have {operands.logits.size}"
     if implementation == "triton":
-        for name, array in operands.arrays().items():
+        for name, array in operands.arrays():
             # JAX's lowering counts in 64 bits only from 2^32 bytes on.
             if array.dtype.itemsize == 1 and LARGEST_INT32 < array.size <= 2**32:
                 return f"its offsets of one-byte elements have 32 bits, and {name} has {array.size} elements"
@@ -161,14 +161,14 @@ def _matrices(operands: Operands) -> Operands:
     *leading, _ = operands.logits.shape
     rows = math.prod(leading)
 
-    def matrix(operand: Array) -> Array:
+    def matrix(_: str, operand: Array) -> Array:
         if operand.ndim == 2:
             return operand
         if all(n == 1 for n in operand.shape[:-1]):
             return operand.reshape(1, operand.shape[-1])
         return jnp.broadcast_to(operand, (*leading, operand.shape[-1])).reshape(rows, operand.shape[-1])
 
-    return operands._replace(**{name: matrix(array) for name, array in operands.arrays().items()})
+    return operands.map(matrix)
 
 
 def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:

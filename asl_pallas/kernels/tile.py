@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,24 +28,45 @@ class Operands(NamedTuple):
 
     logits: (rows, classes).
     labels: (rows, classes), or in the task's other forms (rows, words) or (rows, k).
-    where, weights: (rows, classes), (1, classes) or (rows, 1).
-    pos_weight: (1, classes).
+    where, weights, pos_weight: (rows, classes), (1, classes) or (rows, 1).
     cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
     rounded to the logits' dtype.
-    scalars: (n,), the traced hyper-parameters in the loss's order.
+    vectors: (1, classes) each, the hyper-parameters that have a value per class, in the loss's order.
+    scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
+
+    A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
     """
 
-    logits: Array
-    labels: Array
-    where: Array | None = None
-    weights: Array | None = None
-    pos_weight: Array | None = None
-    cotangent: Array | None = None
-    scalars: Array | None = None
+    logits: Any
+    labels: Any
+    where: Any = None
+    weights: Any = None
+    pos_weight: Any = None
+    cotangent: Any = None
+    vectors: tuple[Any, ...] = ()
+    scalars: Any = None
 
-    def arrays(self) -> dict[str, Array]:
-        """By name, what a tile has a part of: all that the call has, but for the scalars."""
-        return {name: array for name, array in self._asdict().items() if array is not None and name != "scalars"}
+    def map(self, function: Callable[..., Any], *others: Operands) -> Operands:
+        """function(name, array, *the others' own) in the place of each array that a tile has a part of.
+
+        The scalars stay as they are. Entries of `vectors` share that name.
+        """
+
+        def of(name: str, value: Any, *parts: Any) -> Any:
+            return None if value is None else function(name, value, *parts)
+
+        mapped = {name: of(name, getattr(self, name), *(getattr(o, name) for o in others)) for name in _BY_TILE}
+        vectors = zip(self.vectors, *(other.vectors for other in others), strict=True)
+        return Operands(**mapped, vectors=tuple(of("vectors", *parts) for parts in vectors), scalars=self.scalars)
+
+    def arrays(self) -> list[tuple[str, Any]]:
+        """Each with its name: what a tile has a part of."""
+        found: list[tuple[str, Any]] = []
+        self.map(lambda name, array: found.append((name, array)))
+        return found
+
+
+_BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent")
 
 
 class Result(NamedTuple):
@@ -69,28 +91,32 @@ class Task:
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
 
-    def bind(self, scalars: Any) -> Task:
-        """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
-        return self if scalars is None else dataclasses.replace(self, loss=self.loss.bind(tuple(scalars)))
+    @property
+    def kernel_name(self) -> str:
+        """As profilers show it."""
+        results = (["value"] if self.value else []) + (["gradient"] if self.gradient else [])
+        return "asl_pallas_" + "_and_".join(results)
 
     def evaluate(self, tile: Operands, valid: Array | None = None, ops: Ops = EXACT) -> Result:
         """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where masked.
 
         Args:
           tile: operands of one tile, each broadcastable to the logits' tile; labels of another form as `positives`
-            gives them.
+            gives them; the scalars as numbers or an array of them.
           valid: False for what lies beyond the array's edge.
           ops: the backend's arithmetic.
         """
+        scalars = () if tile.scalars is None else tuple(tile.scalars)
+        loss = self.loss.bind(scalars, tile.vectors)
         x, labels, keep = self._read(tile, valid)
         if self.is_soft(tile.labels.dtype):
             tile = _without_left_out(tile._replace(labels=labels), keep, ops)
-            return self._weighted(self._mixed(x, tile, ops), tile, keep)
+            return self._weighted(self._mixed(loss, x, tile, ops), tile, keep)
         label = Label(_is_positive(labels))
-        result = self._of_loss(x, label, ops)
+        result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
         if tile.pos_weight is not None:
-            weight, positive = tile.pos_weight, self.loss.relabel(x, label, ops).positive
+            weight, positive = tile.pos_weight, loss.relabel(x, label, ops).positive
             result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
         return self._weighted(result, tile, keep)
 
@@ -147,7 +173,7 @@ class Task:
         weighted = operands.weights is not None or operands.pos_weight is not None
         return weighted or self.is_soft(operands.labels.dtype)
 
-    def losses(self, sums: Array, ops: Ops) -> Array:
+    def row_losses(self, sums: Array, ops: Ops) -> Array:
         """The losses per row from sums of elements that may not be `Ops.signed_per_element`."""
         if ops.signed_per_element:
             return sums
@@ -156,21 +182,21 @@ class Task:
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
-    def _of_loss(self, x: Array, label: Label, ops: Ops) -> Result:
+    def _of_loss(self, loss: ElementwiseLoss, x: Array, label: Label, ops: Ops) -> Result:
         if not self.gradient:
-            return Result(self.loss.value(x, label, ops), None)
-        value, gradient = self.loss.value_and_slope(x, label, ops)
+            return Result(loss.value(x, label, ops), None)
+        value, gradient = loss.value_and_slope(x, label, ops)
         return Result(None if self.value is None else value, gradient)
 
-    def _mixed(self, x: Array, tile: Operands, ops: Ops) -> Result:
+    def _mixed(self, loss: ElementwiseLoss, x: Array, tile: Operands, ops: Ops) -> Result:
         """Both sides, weighted by the label."""
         labels = tile.labels
         y = _is_positive(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
             # No label: the formula would give a number without meaning, a negative loss too.
             y = jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
-        of_positive, of_negative = (self._of_loss(x, Label(positive), ops) for positive in (True, False))
-        taken_for_positive = self.loss.relabel(x, Label(False), ops).positive
+        of_positive, of_negative = (self._of_loss(loss, x, Label(positive), ops) for positive in (True, False))
+        taken_for_positive = loss.relabel(x, Label(False), ops).positive
 
         def mix(yes: Array, no: Array) -> Array:
             y_plus = y.astype(yes.dtype)
@@ -240,14 +266,12 @@ def _without_left_out(tile: Operands, keep: Array | None, ops: Ops) -> Operands:
     if keep is None or not ops.differentiable:
         return tile
 
-    factors = {name: getattr(tile, name) for name in ("labels", "weights", "pos_weight")}
-    return tile._replace(
-        **{
-            name: jnp.where(keep, array, jnp.zeros_like(array))
-            for name, array in factors.items()
-            if array is not None and jnp.issubdtype(array.dtype, jnp.floating)
-        }
-    )
+    def kept(array: Any) -> Any:
+        if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        return jnp.where(keep, array, jnp.zeros_like(array))
+
+    return tile._replace(labels=kept(tile.labels), weights=kept(tile.weights), pos_weight=kept(tile.pos_weight))
 
 
 def _unless_infinite(share: Array, x: Array) -> Array:

@@ -175,7 +175,7 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     rows, classes = operands.logits.shape
     full = [
         operand
-        for name, operand in operands.arrays().items()
+        for name, operand in operands.arrays()
         if operand.shape == (rows, classes) and (name != "labels" or task.labels == "dense")
     ]
     element_bytes = sum(operand.dtype.itemsize for operand in full)

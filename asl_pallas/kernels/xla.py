@@ -23,7 +23,7 @@ _UNPACKED = 1024  # classes
 def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     operands = operands._replace(labels=positives(task.labels, operands.labels, operands.logits.shape[-1]))
-    value, gradient = task.bind(operands.scalars).evaluate(operands, ops=ops)
+    value, gradient = task.evaluate(operands, ops=ops)
     if task.value == "rows":
         value = sum_over(value, (value.ndim - 1,))
     if task.gradient:
@@ -79,7 +79,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     sums = task.value == "rows"
     dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
     ops = dataclasses.replace(CPU, signed_per_element=task.needs_elements(operands))
-    by_element = dataclasses.replace(task.bind(operands.scalars), value=None if task.gradient else "elements")
+    by_element = dataclasses.replace(task, value=None if task.gradient else "elements")
 
     # Whole groups of a sum: to fill them up, XLA would copy the losses.
     width = min(math.ceil(tiling.classes / tiling.pieces / GROUP_OF_A_SUM) * GROUP_OF_A_SUM, tiling.classes)
@@ -96,19 +96,21 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         row = least(i * tiling.rows, rows - tiling.rows)
         column = least(j * tiling.classes, classes - tiling.classes)
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
-        arrays, row = lax.optimization_barrier((operands.arrays(), row))
+        arrays, row = lax.optimization_barrier((operands, row))
         labels = None
         if packed:
-            words = lax.dynamic_slice(arrays.pop("labels"), (row, 0), (tiling.rows, operands.labels.shape[1]))
+            words = lax.dynamic_slice(arrays.labels, (row, 0), (tiling.rows, operands.labels.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
             labels = _unpacked(words, tiling.classes)
 
         def evaluate(start: int, columns: int) -> Result:
-            parts = {name: at(array, row, column + start, columns) for name, array in arrays.items()}
-            if labels is not None:
-                parts["labels"] = at(labels, 0, start, columns)
-            return by_element.evaluate(Operands(**parts), ops=ops)
+            def part(name: str, array: Array) -> Array:
+                if labels is not None and name == "labels":
+                    return at(labels, 0, start, columns)
+                return at(array, row, column + start, columns)
+
+            return by_element.evaluate(arrays.map(part), ops=ops)
 
         if not sums:
             found = evaluate(0, tiling.classes)
@@ -135,7 +137,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     start = jnp.zeros((rows, columns if sums else classes), dtype)
     result = lax.fori_loop(0, math.ceil(rows / tiling.rows), blocks_of_rows, start)
-    return task.losses(sum_last(result), ops) if sums else result
+    return task.row_losses(sum_last(result), ops) if sums else result
 
 
 def _unpacked(words: Array, classes: int) -> Array:

@@ -23,10 +23,12 @@ Hyperparameter = Any
 
 class _Mark(enum.Enum):
     TRACED = enum.auto()
+    PER_CLASS = enum.auto()
 
 
-# The place of an array in a loss that has to be hashable; `bind` fills it in.
+# The place of an array in a loss that has to be hashable: of a scalar, and of one value per class. `bind` fills it in.
 TRACED: Any = _Mark.TRACED
+PER_CLASS: Any = _Mark.PER_CLASS
 
 
 class Bounds(NamedTuple):
@@ -181,11 +183,16 @@ class ElementwiseLoss:
 
     def traced(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that `bind` has to fill in, in its order."""
-        return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is TRACED)
+        return tuple(name for mark in (TRACED, PER_CLASS) for name in self._marked(mark))
 
-    def bind(self, values: tuple[Any, ...]) -> Self:
-        """The loss with these arrays for its `traced` hyper-parameters."""
-        return self.replaced(dict(zip(self.traced(), values, strict=True)))
+    def bind(self, scalars: tuple[Any, ...], vectors: tuple[Any, ...] = ()) -> Self:
+        """The loss with these numbers for its `TRACED` hyper-parameters, and these arrays for those `PER_CLASS`."""
+        filled = dict(zip(self._marked(TRACED), scalars, strict=True))
+        filled.update(zip(self._marked(PER_CLASS), vectors, strict=True))
+        return self.replaced(filled) if filled else self
+
+    def _marked(self, mark: Any) -> list[str]:
+        return [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is mark]
 
 
 def hyperparameters(loss: ElementwiseLoss) -> list[tuple[str, Any, Bounds]]:

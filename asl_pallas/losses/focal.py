@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jax import Array
 
@@ -58,12 +58,10 @@ class FocalLoss(ElementwiseLoss):
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         value = self._unweighted.value(logit, label, ops)
-        return value if self.alpha is None else value * self._weight(label)
+        return value * self._weight(label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         value, slope = self._unweighted.value_and_slope(logit, label, ops)
-        if self.alpha is None:
-            return value, slope
         weight = self._weight(label)
         return value * weight, slope * weight
 
@@ -78,5 +76,5 @@ class FocalLoss(ElementwiseLoss):
     def _unweighted(self) -> AsymmetricLoss:
         return AsymmetricLoss(self.gamma, self.gamma, 0.0)
 
-    def _weight(self, label: Label) -> Array | float:
-        return label.select(self.alpha, 1.0 - self.alpha)
+    def _weight(self, label: Label) -> Any:
+        return 1.0 if self.alpha is None else label.select(self.alpha, 1.0 - self.alpha)

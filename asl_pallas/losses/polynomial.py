@@ -88,9 +88,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         margin = label.select(0.0, self.clip)
         return u, wrong, right, ops.maximum(wrong - margin, 0.0), ops.reciprocal(right + margin)
 
-    def _factors(
-        self, label: Label, ops: Ops, u: Array, m: Array, over: Array
-    ) -> tuple[Array | float, Array, Array]:
+    def _factors(self, label: Label, ops: Ops, u: Array, m: Array, over: Array) -> tuple[Array | float, Array, Array]:
         """The factor with the exponent, the one with the logarithm, and the latter's derivative in m."""
         focused = all(is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
         log = surprise(m, over, ops, focused)
@@ -111,4 +109,4 @@ def _derived(exponent: Hyperparameter, m: Array, ops: Ops) -> Array | float:
     """Of m^exponent, in m; anything where m is 0."""
     if is_chain(exponent):
         return exponent * power(m, exponent - 1) if exponent else 0.0
-    return exponent * ops.quotient(to_the(exponent, m), jnp.where(m <= 0.0, 1.0, m))
+    return exponent * ops.quotient(jnp.asarray(to_the(exponent, m)), jnp.where(m <= 0.0, 1.0, m))
