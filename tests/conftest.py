@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Iterator
 
 import hypothesis
@@ -46,14 +47,16 @@ def _mark_most_as_long(items: list[pytest.Item]) -> None:
     """Of a test with many parameters and the mark mostly_long(short=n), all but n are long; these are spread evenly."""
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("mostly_long"):
+        if item.get_closest_marker("mostly_long") and not item.get_closest_marker("long"):
             groups.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for group in groups.values():
+    for name, group in groups.items():
         mark = group[0].get_closest_marker("mostly_long")
         n = len(group)
-        # Steps that share no divisor with how many there are meet every value of every parameter in turn.
+        # Steps that share no divisor with how many there are meet every value of every parameter in turn. Each test
+        # begins with another one: the first is "xla" in many of them.
         step = next(step for step in range(math.ceil(0.618 * n), 2 * n + 2) if math.gcd(step, n) == 1)
-        kept = {i * step % n for i in range(mark.kwargs["short"] if mark else 0)}
+        begin = zlib.crc32(name.encode())
+        kept = {(begin + i * step) % n for i in range(mark.kwargs["short"] if mark else 0)}
         for i, item in enumerate(group):
             if i not in kept:
                 item.add_marker(pytest.mark.long)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import queue
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -80,39 +80,42 @@ class Tree:
         order, said = self.root / "order.json", self.root / "said.txt"
         order.write_text(json.dumps(names))
         files = list(dict.fromkeys(name.partition("::")[0] for name in names))
-        environment = os.environ | {
-            **{ORDER: str(order), "PYTHONPATH": f"{self.root}{os.pathsep}{self.root / 'tests'}"},
-            # A compiled file is told from another by its time in seconds and its size: a mutation may change neither.
-            **{"PYTHONDONTWRITEBYTECODE": "1", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
-        }
-        flags = [
-            "-x",
-            "-q",
-            "-rfE",
-            "-p",
-            "mutations",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not gpu and not tpu",
-        ]
-        command = [sys.executable, "-m", "pytest", *flags, "--tb=line", *files]
-        with said.open("w") as out:
-            process = subprocess.Popen(
-                command, cwd=self.root, env=environment, stdout=out, stderr=out, start_new_session=True
-            )
-            try:
-                code = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return "hangs"
-        if code in (0, 5):
+        process = PROCESSES.Process(target=_run_pytest, args=(str(self.root), str(order), str(said), files))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            process.join()
+            return "hangs"
+        if process.exitcode in (0, 5):
             return None
         failed = [line for line in said.read_text().splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else f"import (exit code {code})"
+        return failed[0].split(" - ")[0].split(" ", 1)[1] if failed else f"import (exit code {process.exitcode})"
+
+
+# Forked from a process that has imported what takes seconds, and nothing of ours.
+PROCESSES = multiprocessing.get_context("forkserver")
+PRELOADED = ["jax.numpy", "jax.experimental.pallas.tpu", "flax.nnx", "optax", "scipy.sparse"]
+
+
+def _run_pytest(root: str, order: str, said: str, files: list[str]) -> None:
+    os.setsid()
+    os.chdir(root)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= {ORDER: order, "PYTHONPATH": f"{root}{os.pathsep}{root}/tests"}
+    sys.path[:] = [root, f"{root}/tests", *(path for path in sys.path if not path.startswith(str(ROOT / "tests")))]
+    # A compiled file is told from another by its time in seconds and its size: a mutation may change neither.
+    sys.dont_write_bytecode = True
+    flags = ["-x", "-q", "-rfE", "-n", "0", "--tb=line", "-m", "not gpu and not tpu"]
+    flags += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    status = pytest.main([*flags, "-p", "mutations", "-p", "no:cacheprovider", *files])
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(int(status))
 
 
 def judge(tree: Tree, mutant: Mutant, tests: dict[str, Any], most_seconds: float) -> dict[str, Any]:
@@ -164,6 +167,8 @@ def main() -> int:
     parser.add_argument("--most-seconds", type=float, default=float("inf"), help="of tests for a mutation and suite")
     parser.add_argument("--table", action="store_true", help="print what is known, and run nothing")
     options = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    PROCESSES.set_forkserver_preload(PRELOADED)
     mutants = draw(ROOT, options.count, options.seed)
     tests = json.loads(options.lines.read_text())
     known = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
@@ -175,7 +180,11 @@ def main() -> int:
         trees: queue.Queue[Tree] = queue.Queue()
         for job in range(0 if options.table else options.jobs):
             (Path(folder) / str(job)).mkdir()
-            trees.put(Tree(Path(folder) / str(job)))
+            tree = Tree(Path(folder) / str(job))
+            cheap = sorted((test["seconds"], name) for name, test in tests.items() if test["passed"])
+            if failed := tree._run([name for _, name in cheap[:FEW]], 600):
+                raise SystemExit(f"without any mutation: {failed}")
+            trees.put(tree)
 
         def one(mutant: Mutant) -> None:
             if time.monotonic() > end:

@@ -20,7 +20,7 @@ IMAGES = (2, 3, 5, 4)  # (N, C, H, W)
 RANDOM = np.random.default_rng(0)
 
 
-@pytest.mark.mostly_long(short=10)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("axis", [-1, 1, (), None, (1, 2, 3)])
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 3, 1, 1), (1, 4), (2, 1, 5, 1), IMAGES, (2, 1, 1, 1), (1,), ()])
 @pytest.mark.parametrize("name", ["pos_weight", "weights"])
@@ -29,7 +29,7 @@ def test_a_weight_of_any_shape_broadcasts_as_numpys_arrays_do(name, shape, axis)
     assert_parity(x, y, implementation=None, axis=axis, **{name: RANDOM.random(shape).astype(np.float32)})
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kernel", ["mosaic_tpu", "triton"])
 @pytest.mark.parametrize("shape", [(3, 1, 1), (2, 1, 5, 1), IMAGES])
 def test_a_kernel_takes_a_pos_weight_of_any_shape(kernel, shape):
@@ -47,6 +47,7 @@ def test_the_head_takes_a_pos_weight_of_any_shape():
         np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=9)
 @pytest.mark.parametrize("name", ["where", "weights", "pos_weight"])
 @pytest.mark.parametrize(
     ("shape", "axis", "says"),
@@ -91,7 +92,7 @@ def test_an_ignore_label_that_the_labels_dtype_cannot_hold_is_refused(dtype, ign
             (jax.jit(call) if traced else call)(y)
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu", "triton"])
 @pytest.mark.parametrize(("dtype", "ignore_label"), [("uint32", 2**32 - 2), ("int32", -(2**31)), ("int16", 32767)])
 def test_an_ignore_label_may_be_at_the_end_of_the_labels_range(dtype, ignore_label, implementation):
@@ -114,6 +115,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("function", [asymmetric_loss, linear_asymmetric_loss])
 def test_a_name_of_torchs_timms_or_optaxs_is_answered_with_ours(function, name):
@@ -147,6 +149,7 @@ def test_without_flax_the_import_names_the_extra():
     assert "ImportError: asl_pallas.flax needs flax: pip install 'asl-pallas[flax]'" in found.stderr
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("shape", [(4, 0), (2, 3, 0)])
 def test_features_without_depth_have_the_bias_for_their_logits(shape):
     features, kernel = np.zeros(shape, np.float32), np.zeros((0, 7), np.float32)
@@ -166,6 +169,7 @@ def test_features_without_depth_have_the_bias_for_their_logits(shape):
     np.testing.assert_array_equal(scores, np.broadcast_to(np.sort(bias)[::-1][:2], scores.shape))
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("function", ["loss", "head"])
 def test_operands_may_be_variables_of_flax(function):
     x, y = logits_of((4, 6)), labels_of((4, 6))
@@ -194,7 +198,7 @@ def test_a_hyper_parameter_may_be_a_variable_of_flax():
         np.testing.assert_allclose(found, float64.asymmetric_loss(x, y, gamma_neg=2.0), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kernel", ["xla", "mosaic_tpu", "triton"])
 @pytest.mark.parametrize(
     ("rows", "classes", "k"),
@@ -205,16 +209,16 @@ def test_rows_classes_ids_and_words_may_be_equally_many(kernel, rows, classes, k
     x, y = logits_of((rows, classes)), labels_of((rows, classes))
     ct = RANDOM.normal(size=rows).astype(np.float32)
     sparse = SparseLabels.from_dense(y, k=k)
-    arrays: list[dict[str, Any]] = [{}, {"weights": RANDOM.random((rows, 1)).astype(np.float32)}]
+    options: dict[str, Any] = {"weights": RANDOM.random((rows, 1)).astype(np.float32)}
     if rows != classes:
-        arrays.append({"pos_weight": RANDOM.random(classes).astype(np.float32)})
-    for options in arrays:
-        dense = evaluate(x, y, ct, implementation=kernel, **options)
-        for labels in (sparse, sparse.to_packed()):
-            for found, expected in zip(evaluate(x, labels, ct, implementation=kernel, **options), dense, strict=True):
-                np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+        options["pos_weight"] = RANDOM.random(classes).astype(np.float32)
+    dense = evaluate(x, y, ct, implementation=kernel, **options)
+    for labels in (sparse, sparse.to_packed()):
+        for found, expected in zip(evaluate(x, labels, ct, implementation=kernel, **options), dense, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_timms_label_smoothing_is_what_the_docstring_says(clip):
     """Its formula restated in float64: the focus is of the smoothed label, where ours is each side's own."""

@@ -105,7 +105,7 @@ def assert_row(row: dict[str, Any], implementation: str) -> None:
     assert not slope[out].astype(np.float32).any()
 
 
-@pytest.mark.mostly_long(short=22)
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize("row", alone(), ids=label_of_row)
 def test_every_argument_alone_matches_float64(implementation, row):
     assert_row(row, implementation)
@@ -117,6 +117,7 @@ def test_every_pair_of_arguments_matches_float64(implementation, row):
     assert_row(row, implementation)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("axis", [0, 1, 2, -3, (0, 1), (0, 2), (-1, 1), (1, 2), (0, 1, 2), [0, 2]])
 def test_every_axis_means_what_it_means_in_a_sum(axis):
     axis_of_truth = tuple(axis) if isinstance(axis, list) else axis
@@ -179,12 +180,14 @@ def test_labels_that_are_integers_count_as_positive_above_zero_when_traced():
     np.testing.assert_allclose(found, float64.asymmetric_loss(x, y > 0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_an_unsigned_ignore_label_works_at_the_end_of_its_range(implementation):
     x, y = logits_of(SHAPE), labels_of(SHAPE, dtype="uint8", ignore_label=255)
     x[y == 255] = np.nan
     assert_parity(x, y, implementation=implementation, ignore_label=255)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_label_smoothing_is_the_same_as_smoothing_the_labels(implementation):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
     smoothed = (y * 0.8 + 0.1).astype(np.float32)
@@ -195,6 +198,7 @@ def test_label_smoothing_is_the_same_as_smoothing_the_labels(implementation):
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_where_is_the_same_as_weights_of_zero_and_one_on_finite_logits(implementation):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
     where = np.random.default_rng(0).random(SHAPE) < 0.7
@@ -205,12 +209,14 @@ def test_where_is_the_same_as_weights_of_zero_and_one_on_finite_logits(implement
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_everything_masked_is_exactly_zero(implementation):
     x, y = np.full(SHAPE, np.nan, np.float32), labels_of(SHAPE)
     value, slope = evaluate(x, y, np.ones(SHAPE[:-1]), implementation=implementation, where=np.asarray(False))
     assert not value.any() and not slope.any()
 
 
+@pytest.mark.mostly_long(short=1)
 def test_weights_may_be_negative_zero_and_integers(implementation):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
     weights = np.random.default_rng(0).integers(-1, 2, SHAPE)
@@ -220,6 +226,7 @@ def test_weights_may_be_negative_zero_and_integers(implementation):
 # Derivatives in what is not the logits.
 
 
+@pytest.mark.mostly_long(short=1)
 def test_gradients_in_float_labels_weights_and_pos_weight_match_float64(implementation):
     """The loss is linear in each of them, so float64 losses at two values give the derivatives exactly."""
     random = np.random.default_rng(7)
@@ -264,6 +271,7 @@ def test_gradients_in_float_labels_weights_and_pos_weight_match_float64(implemen
         assert np.max(np.abs(found - value) / scale) < 3e-6, name
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("name", ["labels", "weights", "pos_weight"])
 def test_a_gradient_in_one_of_them_alone_works_without_one_in_the_logits(name):
     x = logits_of(SHAPE, dtype="bfloat16")
@@ -289,6 +297,7 @@ def test_a_gradient_in_one_of_them_alone_works_without_one_in_the_logits(name):
     np.testing.assert_allclose(np.asarray(slope).astype(np.float64), expected[name], rtol=tolerance, atol=2e-6)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("name", ["gamma_neg", "gamma_pos", "clip"])
 def test_differentiating_a_hyper_parameter_is_an_error_that_names_it(implementation, name):
     x, y = logits_of((5, 33)), labels_of((5, 33))
@@ -303,12 +312,14 @@ def test_differentiating_a_hyper_parameter_is_an_error_that_names_it(implementat
     assert stopped == 0
 
 
+@pytest.mark.mostly_long(short=1)
 def test_differentiating_in_the_logits_is_fine_while_a_hyper_parameter_is_traced(implementation):
     x, y = logits_of((5, 33)), labels_of((5, 33))
     slope = jax.jit(lambda x, gamma: jax.grad(lambda x: asymmetric_loss(x, y, axis=None, gamma_neg=gamma))(x))(x, 2.5)
     np.testing.assert_allclose(slope, float64.gradient(x, y, axis=None, gamma_neg=2.5), atol=2e-6)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_forward_mode_raises_and_says_so(implementation):
     x, y = jnp.asarray(logits_of((5, 33))), labels_of((5, 33))
     with pytest.raises(TypeError, match=r"(?i)forward.mode|custom_vjp|jvp"):
@@ -432,6 +443,7 @@ def assert_names(error: BaseException, words: list[str]) -> None:
         assert re.search(rf"(?<![\w.]){re.escape(word)}", str(error)), f"{word!r} is not in {error}"
 
 
+@pytest.mark.mostly_long(short=50)
 @pytest.mark.parametrize(
     ("what", "changes", "exception", "words"), BAD + NOT_FOR_JAX, ids=[b[0] for b in BAD + NOT_FOR_JAX]
 )
@@ -442,6 +454,7 @@ def test_bad_input_raises_and_says_what_came_and_what_is_allowed(what, changes, 
     assert_names(caught.value, words)
 
 
+@pytest.mark.mostly_long(short=43)
 @pytest.mark.parametrize(("what", "changes", "exception", "words"), BAD, ids=[b[0] for b in BAD])
 def test_bad_input_raises_at_trace_time_inside_jit(what, changes, exception, words):
     """eval_shape traces and compiles nothing."""
@@ -451,12 +464,14 @@ def test_bad_input_raises_at_trace_time_inside_jit(what, changes, exception, wor
     assert_names(caught.value, words)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("name", ["label_smoothing", "ignore_label"])
 def test_what_has_to_be_a_python_number_may_not_be_traced(name):
     with pytest.raises(TypeError, match=name):
         jax.jit(lambda number: asymmetric_loss(X, Y, **{name: number}))(0.1 if name == "label_smoothing" else -1)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(
     ("labels", "value"),
     [
@@ -482,6 +497,7 @@ def test_concrete_labels_outside_zero_to_one_raise_unless_they_are_left_out(labe
         assert np.isfinite(asymmetric_loss(X, labels, ignore_label=-1)).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
 def test_concrete_labels_are_checked_inside_jit_too_where_they_are_constants(as_array):
     labels = as_array(np.where(np.arange(24).reshape(4, 6) == 7, 3, Y))
@@ -493,6 +509,7 @@ def scanned(function: Any) -> Any:
     return lambda x: jax.lax.scan(lambda carry, x: (carry, function(x)), None, x[None])[1][0]
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("transform", [jax.jit, jax.checkpoint, scanned])
 @pytest.mark.parametrize("as_array", [np.asarray, jnp.asarray])
 def test_constants_of_a_traced_function_serve_as_arguments(transform, as_array):

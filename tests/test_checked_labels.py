@@ -25,7 +25,7 @@ def head(x: Any, y: Any, **options: Any) -> Any:
     return linear_asymmetric_loss(x, jnp.eye(3), y, axis=None, **options)
 
 
-@pytest.mark.mostly_long(short=5)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("function", [loss, head])
 @pytest.mark.parametrize(
     ("bad", "options", "says"),

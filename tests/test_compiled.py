@@ -61,6 +61,7 @@ def holds_kernel(target: str, compiled: Any) -> bool:
     return ("tpu_custom_call" if target in targets.TPU else "__gpu$xla.gpu.triton") in compiled.as_text()
 
 
+@pytest.mark.mostly_long(short=1)
 def test_value_and_gradient_are_one_kernel_that_reads_logits_and_labels_once(target):
     compiled = targets.compile_for(target, total(), *operands())
     text = compiled.as_text()
@@ -76,6 +77,7 @@ def test_value_and_gradient_are_one_kernel_that_reads_logits_and_labels_once(tar
     assert compiled.memory_analysis().output_size_in_bytes < 1.01 * LOGITS_BYTES
 
 
+@pytest.mark.mostly_long(short=1)
 def test_forward_alone_writes_no_gradient(target):
     compiled = targets.compile_for(target, asymmetric_loss, *operands())
     assert holds_kernel(target, compiled)
@@ -83,7 +85,7 @@ def test_forward_alone_writes_no_gradient(target):
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes <= FEW
 
 
-@pytest.mark.mostly_long(short=10)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(
     ("logits", "labels"),
     [
@@ -123,6 +125,7 @@ def test_packed_and_sparse_labels_are_read_by_the_kernel_and_nothing_is_unpacked
     assert compiled.memory_analysis().output_size_in_bytes < 1.01 * LOGITS_BYTES
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("form", "shape", "k"), [("packed", (33, 9605), 0), ("sparse", (2, 3, 80), 0)])
 def test_any_shape_of_packed_and_sparse_labels_compiles(target, form, shape, k):
     def f(x: Any, y: Any, w: Any) -> Any:
@@ -153,7 +156,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.mostly_long(short=14)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_every_argument_compiles_into_the_kernel_without_temporaries(target, case):
     static, arrays = ARGUMENTS[case]
@@ -186,14 +189,14 @@ def test_a_gradient_over_donated_logits_saves_their_size_and_logits_in_use_are_n
     assert needed(donate=True, keep=True) <= needed(donate=False, keep=True) + FEW  # a copy where the gradient would be
 
 
-@pytest.mark.mostly_long(short=12)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("shape", [(1, 1), (33, 7), (33, 257), (1, 9605), (4096, 80), (2, 3, 5, 257), (64, 100_000)])
 def test_any_shape_compiles(target, shape):
     compiled = targets.compile_for(target, total(implementation=kernel_of(target)), *operands(shape))
     assert holds_kernel(target, compiled)
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("shape", [(262144, 80), (4096, 600), (4096, 9605), (64, 2**20)])
 @pytest.mark.parametrize("labels", ["int8", "bool"])
 @pytest.mark.parametrize("target", targets.TPU)
@@ -236,6 +239,7 @@ def test_the_least_problem_that_the_kernel_gets_takes_no_more_cycles_than_the_cl
     assert 0 < cycles <= 1.1 * theirs
 
 
+@pytest.mark.mostly_long(short=1)
 def test_losses_per_element_leave_no_second_array(target):
     f = jax.value_and_grad(lambda x, y: asymmetric_loss(x, y, axis=()).sum())
     compiled = targets.compile_for(target, f, *operands())
@@ -243,6 +247,7 @@ def test_losses_per_element_leave_no_second_array(target):
     assert targets.temporary_bytes(compiled) <= 2 * LOGITS_BYTES + FEW  # the float32 losses themselves, and no more
 
 
+@pytest.mark.mostly_long(short=1)
 def test_a_sum_over_examples_alone_is_left_to_xla(target):
     compiled = targets.compile_for(target, lambda x, y: asymmetric_loss(x, y, axis=0), *operands())
     assert not holds_kernel(target, compiled)
@@ -263,12 +268,13 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.mostly_long(short=8)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("case", TRANSFORMED)
 def test_transformed_it_is_still_the_kernel(target, case):
     assert holds_kernel(target, targets.compile_for(target, TRANSFORMED[case], X, Y))
 
 
+@pytest.mark.mostly_long(short=1)
 def test_with_64_bit_types_enabled_the_kernel_still_compiles(target):
     with jax.enable_x64(True):
         compiled = targets.compile_for(target, total(), *operands())
@@ -359,7 +365,7 @@ def test_classes_that_fill_no_lanes_take_as_many_cycles_an_element_as_those_that
     assert figures["spills"] == 0
 
 
-@pytest.mark.mostly_long(short=1)
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605), (4096, 80), (4096, 601), (4096, 33)])
 @pytest.mark.parametrize("f", [asymmetric_loss, total()], ids=["forward", "value and gradient"])
 def test_on_h100_nothing_spills_and_rows_of_any_length_load_16_bytes(f, shape):
@@ -380,7 +386,7 @@ def mosaic_gpu() -> Callable[..., Any]:
     return functools.partial(asymmetric_loss, implementation="mosaic_gpu")
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("case", [case for case in ARGUMENTS if case != "where by element"])
 def test_every_argument_compiles_into_the_mosaic_gpu_kernel_without_temporaries(mosaic_gpu, case):
     static, arrays = ARGUMENTS[case]
@@ -393,7 +399,7 @@ def test_every_argument_compiles_into_the_mosaic_gpu_kernel_without_temporaries(
     assert targets.temporary_bytes(compiled) <= FEW
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("case", ["vmap", "float16", "float32 labels", "many leading dimensions", "64-bit types"])
 def test_any_call_compiles_into_the_mosaic_gpu_kernel(mosaic_gpu, case):
     def f(x: Any, y: Any) -> Any:
@@ -410,7 +416,7 @@ def test_any_call_compiles_into_the_mosaic_gpu_kernel(mosaic_gpu, case):
     assert targets.temporary_bytes(compiled) <= FEW
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("shape", [SHAPE, (4096, 9605)])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_mosaic_gpu_kernel_loads_by_the_copy_engine_and_spills_nothing(

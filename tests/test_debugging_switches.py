@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -102,19 +103,25 @@ SWITCHES: dict[str, Callable[[], Any]] = {
 }
 
 
-CASES = [
-    *((loss, form) for form in FORMS),
-    *((function, "int8") for function in (losses_per_element, losses_per_class, head_total)),
-    *((head, "sparse"), (head_total, "packed"), (head, "soft")),
+# Switches that every operation meets go with every function and form, others with one function of each form.
+OF_OPERATIONS = ("disable_jit", "debug_nans", "strict dtype promotion", "rank promotion", "x64")
+FEW = [(loss, "int8"), (loss, "packed"), (loss, "sparse"), (head, "sparse"), (head_total, "int8")]
+MORE = [
+    *((loss, "bool"), (loss, "soft"), (losses_per_element, "int8"), (losses_per_class, "int8")),
+    *((head_total, "packed"), (head, "soft")),
 ]
+CASES = [(switch, *case) for switch in SWITCHES for case in (FEW + MORE if switch in OF_OPERATIONS else FEW)]
 
 
-@pytest.mark.mostly_long(short=8)
-@pytest.mark.parametrize(("function", "form"), CASES)
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_a_debugging_switch_changes_no_result(function, form, switch):
-    given = arguments(function, form)
-    expected = results(function, form, True, *given)
+@functools.cache
+def expected_results(function: Any, form: str) -> Any:
+    return results(function, form, True, *arguments(function, form))
+
+
+@pytest.mark.mostly_long(short=3)
+@pytest.mark.parametrize(("switch", "function", "form"), CASES)
+def test_a_debugging_switch_changes_no_result(switch, function, form):
+    given, expected = arguments(function, form), expected_results(function, form)
     # Without jit JAX's own jax.grad moves a number to the device, and looking for leaks takes minutes.
     jits = {"disable_jit": (False,), "transfer_guard": (True,), "checking_leaks": (True,)}.get(switch, (False, True))
     for jit in jits:
@@ -125,6 +132,7 @@ def test_a_debugging_switch_changes_no_result(function, form, switch):
             np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_debugging_switch_changes_no_label(switch):
     features, kernel, bias = (jnp.asarray(a) for a in (FEATURES, KERNEL, BIAS))
@@ -136,6 +144,7 @@ def test_a_debugging_switch_changes_no_label(switch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("function", [loss, head_total])
 @pytest.mark.parametrize("jit", [False, True])
 def test_debug_nans_names_a_nan_in_a_sentence(function, jit):

@@ -53,7 +53,7 @@ CASES = [(loss, transform) for transform in TRANSFORMS]
 CASES += [(head, "plain"), (head, "scan"), (head_by_example, "checkpoint"), (head_by_example, "vmap")]
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(("function", "transform"), CASES)
 def test_every_choice_of_arguments_gives_the_same_gradients_in_any_order(function, transform):
     """JAX memoises a call's rules: what one choice leaves behind must not be taken for another's."""
@@ -114,6 +114,7 @@ def test_an_implementation_that_cannot_serve_says_so_every_time(function):
         )
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("name", ["gamma_neg", "gamma_pos", "clip"])
 @pytest.mark.parametrize("forward", [False, True])
 def test_a_gradient_has_a_derivative_with_respect_to_a_hyper_parameter(name, forward):

@@ -33,7 +33,7 @@ def assert_same(found: Any, expected: Any) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_loss_with_labels_in_every_form_goes_through_a_module_for_all_platforms(form, gradient):
@@ -47,6 +47,7 @@ def test_the_loss_with_labels_in_every_form_goes_through_a_module_for_all_platfo
     assert "tpu_custom_call" in text and "__gpu$xla.gpu.triton" in text
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_head_goes_through_a_module_for_all_platforms(form):
     def loss(f: Any, w: Any, y: Any) -> Any:

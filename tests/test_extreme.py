@@ -84,6 +84,7 @@ def trainer(corpus, optimizer):
     return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
 
+@pytest.mark.long
 def test_the_unfused_step_is_the_same_step(corpus):
     """Otherwise the table would compare two different things."""
     fused, unfused = trainer(corpus, optax.sgd(0.3)), trainer(corpus, optax.sgd(0.3))
@@ -175,6 +176,7 @@ def test_a_session_ends_with_the_memory_of_both_steps(session_run):
     assert memory.needed_bytes(12_000, 64, 4000, 200) > rows["as compiled"][0] * mebibyte
 
 
+@pytest.mark.long
 def test_a_seed_makes_the_same_session_again(session_run):
     first = session.run(options("--steps", 3, "--evaluate-every", 3), Interruption())
     assert first == [session_run[0][0], session_run[0][1]]

@@ -34,7 +34,7 @@ def test_parameters_are_those_of_linear_and_logits_too():
     np.testing.assert_allclose(head(features()), linear(features()), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(
     ("dtype", "param_dtype"), [(None, jnp.float32), (jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16)]
 )

@@ -49,6 +49,7 @@ LOGITS = np.array(
 )
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 @pytest.mark.parametrize("positive", [False, True])
 def test_value_gradient_and_both_are_the_same_numbers_for_masks_and_for_constants(gamma_neg, gamma_pos, clip, positive):
@@ -61,6 +62,7 @@ def test_value_gradient_and_both_are_the_same_numbers_for_masks_and_for_constant
     np.testing.assert_allclose(one_sided[1], slope, rtol=3e-6)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_a_bound_traced_formula_is_the_static_one_to_rounding(gamma_neg, gamma_pos, clip):
     traced = AsymmetricLoss(TRACED, TRACED, TRACED).bind(
@@ -79,6 +81,7 @@ def test_a_nan_logit_gives_nan_whatever_the_side_and_the_exponents():
             assert np.isnan(pair).all()
 
 
+@pytest.mark.long
 def test_a_nan_logit_gives_nan_in_a_gpu_kernel_where_max_and_min_drop_it(monkeypatch):
     """Triton compiles them to max.f32 and min.f32, which return the other operand: Pallas's interpreter doesn't."""
     monkeypatch.setattr(jnp, "maximum", jnp.fmax)
@@ -100,6 +103,7 @@ def test_easy_elements_have_no_negative_zero_loss():
     assert not np.signbit(value).any()
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), [(0.0, 0.0, 0.0), (2.0, 2.0, 0.0), (4.0, 1.0, 0.05)])
 @pytest.mark.parametrize("positive", [False, True])
 def test_the_curvature_at_a_logit_of_zero_is_not_lost_to_the_kink_of_an_absolute_value(
@@ -130,6 +134,7 @@ APPROXIMATED = [
 ]
 
 
+@pytest.mark.mostly_long(short=9)
 @pytest.mark.parametrize(("kernel", "gamma_neg", "gamma_pos", "clip"), APPROXIMATED)
 @pytest.mark.parametrize("signs", ["up", "down", "either"])
 def test_a_gpus_approximate_instructions_may_err_as_their_manual_allows(
@@ -183,6 +188,7 @@ def test_a_gpus_approximate_instructions_may_err_as_their_manual_allows(
         assert (np.asarray(f) >= 0).all() or what == "gradient"
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_tpus_estimate_of_a_reciprocal_is_good_enough_after_one_step(gamma_neg, gamma_pos, clip, sign, monkeypatch):
@@ -204,6 +210,7 @@ def test_a_tpus_estimate_of_a_reciprocal_is_good_enough_after_one_step(gamma_neg
         assert_no_worse(np.asarray(f), truth, careful, what, only=only)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 @pytest.mark.parametrize("by_element", [True, False])
 def test_the_value_alone_is_as_exact_with_its_sign_left_to_the_sum(gamma_neg, gamma_pos, clip, by_element):
@@ -232,6 +239,7 @@ class SquaredHinge(ElementwiseLoss):
         return short * short
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("margin", [1.0, TRACED])
 def test_a_second_loss_costs_one_class_and_no_line_in_a_kernel(implementation, margin):
     random = np.random.default_rng(0)

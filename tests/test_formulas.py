@@ -42,7 +42,7 @@ PATHS: dict[str, Any] = {
 }
 
 
-@pytest.mark.mostly_long(short=5)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(9, 700), (70, 1000)])

@@ -102,7 +102,7 @@ def assert_parity(parameters: dict[str, Any], labels: Any, form: str = "dense", 
         assert worst <= allowed, f"{name}: {worst:.3g}, allowed {allowed:.3g}"
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("classes", "chunk_size", "axis"), [(1, None, -1), (257, 100, None), (9605, None, -1), (9605, 4096, None)]
@@ -112,7 +112,7 @@ def test_labels_of_all_forms_give_what_float64_gives(form, classes, chunk_size, 
     assert_parity(parameters, labels_of((6, classes)), form, axis=axis, chunk_size=chunk_size)
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(
     ("dtype", "kernel_dtype", "axis"),
     [
@@ -128,6 +128,7 @@ def test_dtypes_of_features_and_kernel(dtype, kernel_dtype, axis):
     assert_parity(parameters, labels_of((2, 3, 300)), axis=axis, chunk_size=128)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(
     ("implementation", "form", "axis"),
     [("mosaic_tpu", "dense", None), ("mosaic_tpu", "packed", -1), ("triton", "sparse", None)],
@@ -137,6 +138,7 @@ def test_kernels_in_the_loop(implementation, form, axis):
     assert_parity(parameters, labels_of((4, 2, 600)), form, axis=axis, chunk_size=256, implementation=implementation)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(
     ("form", "options"),
     [
@@ -283,6 +285,7 @@ def test_vmap_gives_what_a_loop_gives():
         np.testing.assert_allclose(one, slope(f, y), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(
     ("classes", "k", "chunk_size", "dtype"),
     [(300, 7, 64, "float32"), (300, 300, 7, "float32"), (9605, 5, None, "bfloat16"), (1, 1, None, "float32")],

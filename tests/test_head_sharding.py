@@ -98,6 +98,7 @@ def assert_alike(of_features, of_kernel, kind, form, axis, arrays, tolerance=1e-
         assert np.max(abs(a - b)) <= tolerance * np.max(abs(b))
 
 
+@pytest.mark.mostly_long(short=5)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize(("of_features", "of_kernel"), [LAYOUTS[1], LAYOUTS[3]], ids=str)
 @pytest.mark.parametrize("k", [5, 300])
@@ -115,6 +116,7 @@ def test_top_k_of_all_devices(of_features, of_kernel, kind, k):
     np.testing.assert_array_equal(ids, at)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_the_users_shard_map_a_replicated_kernel_gets_the_sum_of_the_gradients(check_vma):
     arrays = operands(300)

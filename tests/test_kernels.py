@@ -62,6 +62,7 @@ def test_interpret_mode_ends_with_its_block_and_is_no_part_of_a_cached_call():
         asymmetric_loss(X, Y, implementation="mosaic_tpu")
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(
     ("implementation", "logits", "labels", "reason"),
     [
@@ -104,6 +105,7 @@ def test_users_see_no_notice_about_triton_in_pallas():
 TASK = Task(AsymmetricLoss(), "rows", True)
 
 
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize(
     "shape", [(1, 1), (33, 7), (4096, 80), (4096, 600), (1, 9605), (4096, 8192), (64, 2**20), (2**18, 80)]
 )
@@ -130,7 +132,7 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
         assert cpu.pieces == 1 or width >= 1024
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("shape", [(1, 1), (300, 20), (257, 129), (130, 9605), (2100, 300)])
 @pytest.mark.parametrize(("value", "generation"), [("rows", None), ("rows", 6), ("elements", None), (None, None)])
 def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, monkeypatch):
@@ -157,6 +159,7 @@ def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, mon
                 np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("classes", [80, 600, 2000, 4097, 9605])
 @pytest.mark.parametrize("value", ["rows", "elements"])
 def test_a_block_has_whole_chunks_however_much_an_element_takes(classes, value):
@@ -174,7 +177,7 @@ def test_a_block_has_whole_chunks_however_much_an_element_takes(classes, value):
         assert form == "dense" or tpu.classes >= classes or 4096 % tpu.classes == 0
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("shape", [(1, 60_000), (3, 24_577), (2, 70_001), (100, 700), (33, 9605), (90_000, 1)])
 def test_streamed_is_the_whole_expression_over_every_edge(shape):
     random = np.random.default_rng(0)
@@ -201,7 +204,7 @@ def test_the_logarithm_for_the_cpu_errs_no_more_than_the_rounding_of_what_it_is_
     assert log(jnp.asarray([2.0], jax.dtypes.bfloat16)).dtype == jnp.bfloat16  # any other dtype is jnp's own
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_a_nan_comes_through_the_streamed_form(gamma_neg, gamma_pos, clip):
     x, y = np.zeros((100, 700), np.float32), np.zeros((100, 700), np.int8)
@@ -252,7 +255,7 @@ def test_the_cpu_keeps_its_temporaries_within_a_mebibyte(options):
         assert compiled.memory_analysis().temp_size_in_bytes <= 2**20 + words
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("options", [{}, {"axis": ()}, {"clip": 0.0}, {"weights": ((1024, 1), "float32")}], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_the_cpu_the_gradient_takes_the_place_of_logits_that_nobody_else_needs(dtype, options):
@@ -302,6 +305,7 @@ def test_a_nan_in_the_loss_or_an_infinite_one_leaves_the_gradient_of_other_rows_
         np.testing.assert_array_equal(np.isnan(gradient), np.isnan(z))
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_result_that_nobody_asks_for_is_not_computed(platform, mapped):
@@ -329,7 +333,7 @@ def test_a_result_that_nobody_asks_for_is_not_computed(platform, mapped):
         assert [line.endswith(":2") for line in (*both, *gradient, *value)] == [True, False, False]
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kernel", [mosaic_tpu, triton])
 @pytest.mark.parametrize("shape", [(40, 3000), (300, 130), (1, 5000)])
 def test_blocks_of_rows_and_of_classes_meet_without_a_gap(kernel, shape):
@@ -348,6 +352,7 @@ def test_blocks_of_rows_and_of_classes_meet_without_a_gap(kernel, shape):
     np.testing.assert_allclose(found.gradient, expected.gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kernel", [mosaic_tpu, triton])
 @pytest.mark.parametrize("by", ["rows", "elements"])
 def test_the_backward_kernel_multiplies_by_the_cotangent_before_it_rounds(kernel, by):

@@ -39,6 +39,7 @@ def array_of(labels: Any) -> Any:
     return array
 
 
+@pytest.mark.mostly_long(short=9)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("module", "shape"), [*((np, s) for s in SHAPES), *((jnp, s) for s in SHAPES[3:])], ids=str)
 def test_dense_labels_come_back_whatever_the_way(kind, module, shape):
@@ -82,6 +83,7 @@ def test_a_stored_zero_of_a_csr_matrix_is_a_negative(kind):
     assert ids_of(kind.from_csr(matrix).to_dense()) == [[2], [5]]
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lists", [[], [[]], [[], [3, 3, 1, 3], [0]]], ids=str)
 def test_empty_lists_and_ids_that_come_twice(kind, lists):
@@ -208,6 +210,7 @@ def test_bad_input_is_named(make, error, sentence):
         make()
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("first", [0, 1, 127, 128, 4000, 4096, 4097, 5504, 8191])
 def test_words_can_be_cut_anywhere(first):
     dense = dense_of((2, 12_500), share=0.3)
@@ -217,7 +220,7 @@ def test_words_can_be_cut_anywhere(first):
         np.testing.assert_array_equal(found, dense[:, first : first + classes])
 
 
-@pytest.mark.mostly_long(short=9)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -228,6 +231,7 @@ def test_the_loss_of_either_form_matches_float64(implementation, form, shape, dt
     assert_parity(logits_of(shape, dtype=dtype), labels_of(shape), implementation=implementation, form=form)
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("form", KINDS)
 def test_either_form_goes_with_the_other_arguments(implementation, form):
     shape = (2, 3, 1100)
@@ -245,7 +249,7 @@ def test_either_form_goes_with_the_other_arguments(implementation, form):
     )
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("axis", [(), 0, (0, 1), (1, 2)], ids=str)
 def test_every_axis_gives_what_dense_labels_give(form, axis):
@@ -258,6 +262,7 @@ def test_every_axis_gives_what_dense_labels_give(form, axis):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_ids_come_in_any_order_and_number_and_what_is_no_class_counts_for_nothing(implementation):
     x = logits_of((4, 4200))
     # More than a register's rows of them, none, one twice, and those that no check sees.
@@ -288,7 +293,7 @@ def test_blocks_of_rows_and_of_words_meet_without_a_gap(form):
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("form", KINDS)
 @pytest.mark.parametrize("shape", [(3, 66_000), (300, 500)])
 def test_the_cpu_streams_either_form_over_every_edge(form, shape):

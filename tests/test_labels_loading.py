@@ -30,6 +30,7 @@ def assert_same(found: Any, dense: Any, kind: Any, module: Any) -> None:
     np.testing.assert_array_equal(found.to_dense(), dense)
 
 
+@pytest.mark.mostly_long(short=1)
 @FORMS
 @MODULES
 def test_iteration_ends_and_gives_the_examples(kind, module):
@@ -51,6 +52,7 @@ def test_iteration_ends_and_gives_the_examples(kind, module):
         iter(labels[0, 0])
 
 
+@pytest.mark.mostly_long(short=2)
 @FORMS
 @MODULES
 def test_an_integer_index_counts_from_the_end_and_ends(kind, module):
@@ -91,6 +93,7 @@ def test_what_would_make_a_dense_array_in_silence_says_what_to_call(kind, module
             item in labels  # noqa: B015
 
 
+@pytest.mark.mostly_long(short=1)
 @FORMS
 @MODULES
 def test_copies_and_pickles_are_the_same(kind, module):
@@ -100,6 +103,7 @@ def test_copies_and_pickles_are_the_same(kind, module):
     assert kind.__module__ == "asl_pallas.labels"  # what a pickle has as the class's address
 
 
+@pytest.mark.mostly_long(short=3)
 @FORMS
 @MODULES
 def test_parts_are_joined_where_they_are(kind, module):
@@ -116,6 +120,7 @@ def test_parts_are_joined_where_they_are(kind, module):
     assert_same(kind.stack([one[0] for one in whole]), DENSE[:, 0], kind, module)
 
 
+@pytest.mark.mostly_long(short=1)
 @FORMS
 def test_traced_parts_are_joined_and_one_of_jax_makes_the_result_so(kind):
     labels = made(kind, jnp)
@@ -189,6 +194,7 @@ def test_a_loader_that_stacks_the_arrays_of_a_pytree_makes_a_batch(kind):
     np.testing.assert_array_equal(batch.ids, SparseLabels.stack(ragged).ids)
 
 
+@pytest.mark.mostly_long(short=6)
 @FORMS
 @pytest.mark.parametrize(
     "leaf", [None, 0, "a string", jax.sharding.PartitionSpec("data"), object()], ids=lambda leaf: type(leaf).__name__
@@ -206,6 +212,7 @@ def test_a_pytree_that_holds_no_array_can_be_looked_at(kind, leaf):
             f(empty)
 
 
+@pytest.mark.mostly_long(short=1)
 @FORMS
 def test_shapes_without_arrays_keep_their_shape(kind):
     shapes = jax.eval_shape(lambda y: y, made(kind, np))

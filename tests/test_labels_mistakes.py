@@ -31,6 +31,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.mostly_long(short=5)
 @KINDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_of_numpy_arrays_does_not_matter(kind, layout):
@@ -53,6 +54,7 @@ def test_the_layout_of_numpy_arrays_does_not_matter(kind, layout):
     np.testing.assert_array_equal(kind.from_csr(csr).to_dense(), DENSE[0])
 
 
+@pytest.mark.mostly_long(short=1)
 @KINDS
 def test_a_bcsr_of_jax_is_a_csr_matrix(kind):
     bcsr = jax.experimental.sparse.BCSR.fromdense(jnp.asarray(DENSE[0]))
@@ -89,6 +91,7 @@ CALLS = {
 }
 
 
+@pytest.mark.mostly_long(short=14)
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("form", OTHER_FORMS)
 def test_labels_in_another_form_are_told_the_call_that_takes_them(call, form):
@@ -161,6 +164,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("wrapper", [nnx.Variable, nnx.Param])
 @pytest.mark.parametrize("name", ["all", "labels", *GIVEN])
 def test_every_argument_may_be_in_a_wrapper(name, wrapper):

@@ -123,6 +123,7 @@ def test_every_tile_is_the_same_under_every_switch(switch):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.mostly_long(short=8)
 @pytest.mark.parametrize("name", TILES)
 def test_nothing_is_64_bits_wide_where_jax_counts_in_64(name):
     function, arguments = TILES[name]

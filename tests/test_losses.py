@@ -43,7 +43,7 @@ DTYPES = [
 REFUSED: dict[str, set[str]] = {"mosaic_tpu": {"float16"}, "triton": set()}
 
 
-@pytest.mark.mostly_long(short=12)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_loss_and_gradient_match_float64(implementation, gamma_neg, gamma_pos, clip):
     assert_parity(
@@ -56,6 +56,7 @@ def test_loss_and_gradient_match_float64(implementation, gamma_neg, gamma_pos, c
     )
 
 
+@pytest.mark.mostly_long(short=1)
 def test_one_compilation_with_traced_hyper_parameters_serves_every_gamma_and_clip(implementation):
     x, y = logits_of((5, 33)), labels_of((5, 33))
     gammas = [0.0, 0.5, 1.0, 2.5, 4.0]
@@ -72,13 +73,14 @@ def test_one_compilation_with_traced_hyper_parameters_serves_every_gamma_and_cli
             )
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("traced", [("gamma_neg",), ("gamma_pos",), ("clip",), ("gamma_neg", "clip")])
 def test_each_hyper_parameter_can_be_traced_while_the_others_are_not(implementation, traced):
     options = {"gamma_neg": 2.5, "gamma_pos": 1.0, "clip": 0.1}
     assert_parity(logits_of((5, 33)), labels_of((5, 33)), implementation=implementation, traced=traced, **options)
 
 
-@pytest.mark.mostly_long(short=12)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("logits_dtype", "labels_dtype"), DTYPES)
 def test_every_dtype_matches_float64_on_its_rounded_inputs(implementation, logits_dtype, labels_dtype):
     x, y = logits_of((33, 80), dtype=logits_dtype), labels_of((33, 80), dtype=labels_dtype)
@@ -105,7 +107,7 @@ def test_a_kernel_by_name_refuses_float64_logits(kernel):
         asymmetric_loss(np.zeros((3, 4)), np.zeros((3, 4), np.int8), implementation=kernel)
 
 
-@pytest.mark.mostly_long(short=12)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1), (33, 1), (1, 7), (33, 7), (33, 80), (1, 257), (1, 9605), (33, 9605), (2, 40009), (2, 3, 5, 7), (7,), (1,)],
@@ -114,7 +116,7 @@ def test_every_size_matches_float64(implementation, shape):
     assert_parity(logits_of(shape), labels_of(shape), implementation=implementation)
 
 
-@pytest.mark.mostly_long(short=18)
+@pytest.mark.mostly_long(short=5)
 @pytest.mark.parametrize("shape", [(0, 1), (0, 80), (3, 0, 80), (3, 0), (0,), (0, 0)])
 @pytest.mark.parametrize("axis", [-1, (), None])
 def test_an_empty_batch_has_an_empty_loss_and_an_empty_gradient(implementation, shape, axis):
@@ -125,6 +127,7 @@ def test_an_empty_batch_has_an_empty_loss_and_an_empty_gradient(implementation, 
     assert slope.shape == shape and slope.dtype == np.float32
 
 
+@pytest.mark.mostly_long(short=1)
 def test_blocks_of_rows_and_classes_with_ragged_edges_match_float64(implementation):
     """Several blocks each way, every array argument in a shape of its own, NaN where masked."""
     shape = (530, 2309)
@@ -149,7 +152,7 @@ AXES = [-1, (), None]
 LIMITS = [(focus, axis, i == j) for i, focus in enumerate(FOCUSES) for j, axis in enumerate(AXES)]
 
 
-@pytest.mark.mostly_long(short=9)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("focus", "axis", "hard_too"), LIMITS)
 def test_extreme_logits_give_the_limits_of_the_formula(implementation, focus, axis, hard_too):
     extreme = [
@@ -187,6 +190,7 @@ def test_extreme_logits_give_the_limits_of_the_formula(implementation, focus, ax
     )
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("labels_dtype", ["int8", "float32"])
 def test_nan_in_gives_nan_out_in_its_own_row_and_its_own_gradient_only(implementation, labels_dtype):
     x, y = logits_of((33, 80)), labels_of((33, 80), dtype=labels_dtype)
@@ -202,6 +206,7 @@ def test_nan_in_gives_nan_out_in_its_own_row_and_its_own_gradient_only(implement
     np.testing.assert_array_equal(slope[others], clean_slope[others])
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("clip", [0.05, 0.2, 0.5, 0.95])
 def test_within_a_few_ulps_of_the_margin_either_side_is_right_and_nothing_else(implementation, clip):
     at = np.float32(np.log(clip / (1 - clip)))
@@ -224,6 +229,7 @@ def test_within_a_few_ulps_of_the_margin_either_side_is_right_and_nothing_else(i
         assert np.all(value[below] == 0) and np.all(slope[below[:, None]] == 0)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("gamma", [0.5, 0.25, 1.5])
 def test_gammas_that_are_not_integers_stay_finite_below_at_and_above_the_margin(implementation, gamma):
     """0 ** (gamma - 1) is infinite for gamma < 1."""
@@ -241,6 +247,7 @@ def test_gammas_that_are_not_integers_stay_finite_below_at_and_above_the_margin(
             assert_no_worse(slope[0, off_margin], true_slope[0, off_margin], careful_slope[0, off_margin], "gradient")
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_half_precision_has_no_nan_and_no_infinity_at_any_finite_logit(gamma, dtype):
@@ -255,6 +262,7 @@ def test_half_precision_has_no_nan_and_no_infinity_at_any_finite_logit(gamma, dt
             assert (value >= 0).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("name", [None, "xla", "triton"])
 def test_a_float16_gradient_under_a_loss_scale_does_not_vanish(name):
     """Unscaled, these gradients lie below float16's smallest number; times 2^15 they do not."""
@@ -266,6 +274,7 @@ def test_a_float16_gradient_under_a_loss_scale_does_not_vanish(name):
     np.testing.assert_allclose(slope.astype(np.float64), truth, rtol=2e-3)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("logit", [8.0, 12.0, 16.0])
 def test_thousands_of_easy_elements_do_not_add_up_to_rounding_errors(implementation, logit):
     """log of a rounded 1 + e^-16 is 6 % off, the same way each time, and nothing focuses it away."""
@@ -283,6 +292,7 @@ def test_no_implementation_named_is_xla_on_a_cpu_to_the_bit():
     np.testing.assert_array_equal(chosen[1], named[1])
 
 
+@pytest.mark.mostly_long(short=1)
 def test_the_forward_alone_is_the_loss_that_the_gradient_pass_returns(implementation):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
     alone = jax.jit(lambda x, y: asymmetric_loss(x, y, implementation=implementation))(x, y)
@@ -293,6 +303,7 @@ def test_the_forward_alone_is_the_loss_that_the_gradient_pass_returns(implementa
     np.testing.assert_allclose(alone, with_gradient, rtol=1e-6)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("labels_dtype", ["int8", "float32"])
 def test_without_focus_and_margin_it_is_optax_sigmoid_binary_cross_entropy(implementation, labels_dtype):
     x, y = logits_of((33, 80)), labels_of((33, 80), dtype=labels_dtype)
@@ -303,7 +314,7 @@ def test_without_focus_and_margin_it_is_optax_sigmoid_binary_cross_entropy(imple
     np.testing.assert_allclose(slope, pull(jnp.asarray(ct))[0], rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 2.5])
 def test_with_one_gamma_and_no_margin_it_is_optax_sigmoid_focal_loss(implementation, gamma):
     """On logits where optax keeps its digits: it has 1 - p_t from a difference."""
@@ -319,6 +330,7 @@ def test_with_one_gamma_and_no_margin_it_is_optax_sigmoid_focal_loss(implementat
     np.testing.assert_allclose(slope, pull(jnp.asarray(ct))[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_it_is_the_official_loss_on_moderate_logits_and_hard_labels(implementation):
     x = np.random.default_rng(0).normal(0, 2, (33, 80)).clip(-6, 6).astype(np.float32)
     y, ct = labels_of((33, 80)), cotangent_of(x.shape)
@@ -328,6 +340,7 @@ def test_it_is_the_official_loss_on_moderate_logits_and_hard_labels(implementati
     np.testing.assert_allclose(slope, pull(jnp.asarray(ct))[0], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_soft_labels_blend_the_two_hard_losses_of_the_paper(implementation):
     x, soft = logits_of((33, 80)), labels_of((33, 80), dtype="float32")
     ct = np.ones(x.shape, np.float32)
@@ -340,6 +353,7 @@ def test_soft_labels_blend_the_two_hard_losses_of_the_paper(implementation):
     np.testing.assert_allclose(slope, soft * one_slope + (1 - soft) * zero_slope, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_losses_per_element_have_the_gradients_of_their_own_cotangents(implementation):
     """One cotangent at a time: each reaches its own logit and no other."""
     x, y = logits_of((33, 80)), labels_of((33, 80))
@@ -354,6 +368,7 @@ def test_losses_per_element_have_the_gradients_of_their_own_cotangents(implement
         assert not others.any()
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cotangents_of_mixed_sign_zero_and_great_size_scale_each_example(implementation, dtype):
     x, y = logits_of((33, 80), dtype=dtype), labels_of((33, 80))

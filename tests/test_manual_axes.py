@@ -91,7 +91,7 @@ def in_rows(arrays: dict[str, Any]) -> list[str]:
     return [name for name in arrays if name not in ("kernel", "bias")]
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize(("make", "alone", "form"), CASES)
 def test_one_operand_varies_over_the_manual_axes_and_the_others_do_not(make, alone, form, check_vma):
@@ -138,7 +138,7 @@ def test_one_operand_varies_over_the_manual_axes_and_the_others_do_not(make, alo
     assert_same((value, gradients, of_pos_weight), (expected, true_gradients, true_of_pos_weight))
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
@@ -201,6 +201,7 @@ def test_gradients_in_a_shard_map_over_some_of_the_axes(make, form, axis, kind, 
     assert_same(found[2], sum(of_pos_weight for _, (_, of_pos_weight) in expected))
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_top_k_in_a_shard_map_where_one_operand_varies(check_vma):
     arrays = head_operands("dense")
@@ -222,7 +223,7 @@ def test_top_k_in_a_shard_map_where_one_operand_varies(check_vma):
 OTHERWISE = [P(), P("b"), P("b", "a")]  # by the number of dimensions
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("in_context", [True, False])
 @pytest.mark.parametrize(("make", "form", "name"), [
     *[(operands, form, name) for form, name in (
@@ -253,7 +254,7 @@ def test_an_operand_that_lies_otherwise_on_explicit_axes_is_moved_without_jit_to
         assert_same(f(placed), expected)
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=5)
 @pytest.mark.parametrize("depth", [8, 4, 3])
 @pytest.mark.parametrize("of_kernel", [P(None, "a"), P("b", "a"), P(None, ("a", "b"))], ids=str)
 def test_a_kernel_whose_classes_lie_over_the_axis_of_the_examples_is_moved(of_kernel, depth):
@@ -275,6 +276,7 @@ def test_a_kernel_whose_classes_lie_over_the_axis_of_the_examples_is_moved(of_ke
     assert found[0][1].sharding.is_equivalent_to(on_mesh[1].sharding, 2)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("kind", [*KINDS, None])
 @pytest.mark.parametrize("masked", [False, True])
 def test_wrong_labels_are_named_however_they_lie_and_under_a_transfer_guard(kind, masked):

@@ -29,6 +29,7 @@ SHAPE = (3, 257)
 NAME: dict[str, Any] = {"implementation": "mosaic_gpu"}
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_loss_and_gradient_match_float64(gamma_neg, gamma_pos, clip):
     options = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
@@ -41,6 +42,7 @@ def test_traced_hyper_parameters_match_float64():
         assert_parity(logits_of(SHAPE), labels_of(SHAPE), traced=tuple(options), **NAME, **options)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -53,6 +55,7 @@ def test_every_size_and_dtype_matches_float64(shape, dtype):
     assert_parity(logits_of(shape, dtype=dtype), labels_of(shape), **NAME)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("labels", ["uint8", "int16", "int32", "float32", "bfloat16"])
 def test_every_labels_dtype_matches_float64(labels):
     assert_parity(logits_of(SHAPE), labels_of(SHAPE, dtype=labels), **NAME)
@@ -69,12 +72,14 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options))
 def test_every_argument_matches_float64(options):
     labels = labels_of(SHAPE, ignore_label=options.get("ignore_label"))
     assert_parity(logits_of(SHAPE, dtype="bfloat16"), labels, **NAME, **options)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_infinite_and_nan_logits_give_limits_and_nan(clip):
     x = np.tile(np.array([-np.inf, -1e4, -30, 0, 30, 1e4, np.inf, 1], np.float32), (2, 16))
@@ -87,6 +92,7 @@ def test_infinite_and_nan_logits_give_limits_and_nan(clip):
     assert np.argwhere(np.isnan(slope)).tolist() == [[1, 256]]
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("logit", [-10.0, 10.0])
 def test_thousands_of_easy_elements_do_not_add_up_to_rounding_errors(logit):
     """Without focus a loss of 4.5e-5 is all there is to an element: log1p, which Mosaic GPU lacks, has to be right."""
@@ -94,6 +100,7 @@ def test_thousands_of_easy_elements_do_not_add_up_to_rounding_errors(logit):
     assert_parity(x, y, gamma_neg=0, gamma_pos=0, clip=0, **NAME)
 
 
+@pytest.mark.long
 def test_rows_and_spans_meet_without_a_gap_and_the_cotangent_comes_before_the_rounding(monkeypatch):
     """More units than programs, so that one program's pipeline runs on from row to row."""
     monkeypatch.setattr("asl_pallas.kernels.tiling._MOSAIC_GPU_PROGRAMS", 3)
@@ -115,6 +122,7 @@ def test_rows_and_spans_meet_without_a_gap_and_the_cotangent_comes_before_the_ro
         np.testing.assert_array_equal(found.gradient, (unrounded.gradient * cotangent).astype(jnp.bfloat16))
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("classes", [128, 257, 600, 1000, 1024, 8192, 9605, 131072])
 def test_spans_of_chunks_cover_every_row(classes):
     for rows, vectors in itertools.product((1, 64, 400, 4096, 262144), (True, False)):
@@ -147,6 +155,7 @@ def test_transformed_it_gives_the_same():
     assert jnp.isfinite(bend).all() and jnp.any(bend != 0)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_under_a_mesh_it_runs_in_the_shard_map_of_the_library_or_of_the_user(kind):
     """A mesh of one device: the interpreter takes the barriers of a second one for forgotten ones of its own."""

@@ -76,7 +76,7 @@ def with_nan(x: Any, dtype: str = "float32") -> Any:
     return jnp.asarray(x, dtype)
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("axis", [-1, (), None, 0])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("form", FORMS)
@@ -88,7 +88,7 @@ def test_traced_hyper_parameters_keep_a_nan(form, dtype, axis):
             check(with_nan(SMALL, dtype), FORMS[form](y), tuple(map(jnp.float32, setting)), axis)
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("form", ["int8", "soft"])
@@ -101,7 +101,7 @@ def test_hyper_parameters_that_are_compiled_in_keep_a_nan(form, setting, stop):
             check(with_nan(x), FORMS[form](y), setting, static=(*setting, stop))
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("setting", [None, *SETTINGS])
 @pytest.mark.parametrize("kernel", ["mosaic_tpu", "triton", "mosaic_gpu"])
 def test_a_kernel_keeps_a_nan(kernel, setting):
@@ -117,7 +117,7 @@ def test_a_kernel_keeps_a_nan(kernel, setting):
             check(x, y, tuple(map(jnp.float32, each)), implementation=kernel)
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("form", ["int8", "sparse"])
 @pytest.mark.parametrize("axis", [-1, None])
 def test_the_head_keeps_a_nan_of_its_bias(form, axis):
@@ -142,7 +142,7 @@ LEFT_OUT = {"where": {"where": np.ones(SHAPE, bool)}, "ignore_label": {"ignore_l
 LEFT_OUT["where"]["where"][AT] = False
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("operand", ["logits", "labels", "weights", "pos_weight"])
 @pytest.mark.parametrize("way", LEFT_OUT)
@@ -167,6 +167,7 @@ def test_an_element_that_is_left_out_puts_nothing_into_any_gradient(way, operand
             np.testing.assert_array_equal(found, clean)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("axis", [-1, ()])
 def test_a_row_without_labels_has_no_gradient_where_its_mean_is_0_by_0(axis):
     where = np.ones(SHAPE, bool)
@@ -181,7 +182,7 @@ def test_a_row_without_labels_has_no_gradient_where_its_mean_is_0_by_0(axis):
     assert np.isfinite(gradient).all() and not gradient[2].any() and gradient[3].any()
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("axis", [-1, None])
 @pytest.mark.parametrize("way", ["where by example", "where by element", "where by class", "ignore_label"])
@@ -210,6 +211,7 @@ def test_the_head_takes_nothing_from_examples_and_classes_that_are_left_out(way,
         np.testing.assert_array_equal(found, clean)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("dtype", ["int8", "bool", "float32"])
 def test_an_infinite_pos_weight_of_a_class_that_never_occurs_changes_nothing(dtype):
     y = LABELS.copy()
@@ -225,7 +227,7 @@ def test_an_infinite_pos_weight_of_a_class_that_never_occurs_changes_nothing(dty
         np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("axis", [-1, ()])
 @pytest.mark.parametrize("bad", [-1.0, 2.0, -1e-6, 1.0001, np.inf, np.nan])
 def test_a_soft_label_outside_0_and_1_gives_nan_where_nobody_can_look_at_it(bad, axis):

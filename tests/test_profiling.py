@@ -68,6 +68,7 @@ def crashing() -> Any:
     raise RuntimeError("no such kernel")
 
 
+@pytest.mark.long
 def test_every_contender_computes_the_loss_that_it_says():
     (case,) = cases.select([SMALL])
     logits, labels = jax.device_put(case.arrays())
@@ -111,6 +112,7 @@ def test_parity_passes_on_the_tree_and_fails_once_a_line_of_the_formula_is_wrong
     assert broken and all(row["note"].startswith("beyond the bound at logit") for row in broken)
 
 
+@pytest.mark.long
 def test_check_takes_any_function_of_the_same_face():
     few: dict[str, Any] = {"dtypes": ("float32",), "settings": parity.SETTINGS[:2]}
     verdict = parity.check(asymmetric_loss, **few)

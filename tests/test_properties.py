@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from cases import assert_no_worse, careful_pair, evaluate, true_pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,6 +38,7 @@ def by_element(x: Any, y: Any, implementation: str, **options: Any) -> tuple[Any
     return evaluate(x, y, ONES, implementation=implementation, traced=traced, axis=(), **options)
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=logits, y=labels, gamma_neg=gammas, gamma_pos=gammas, clip=clips)
 def test_the_loss_is_never_negative_and_never_nan(implementation, x, y, gamma_neg, gamma_pos, clip):
@@ -46,6 +48,7 @@ def test_the_loss_is_never_negative_and_never_nan(implementation, x, y, gamma_ne
     assert np.isfinite(value[np.isfinite(x)]).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=logits, y=soft_labels)
 def test_the_loss_of_soft_labels_is_never_negative_and_never_nan(implementation, x, y):
@@ -54,6 +57,7 @@ def test_the_loss_of_soft_labels_is_never_negative_and_never_nan(implementation,
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=moderate, y=labels, gamma_neg=gammas, gamma_pos=gammas)
 def test_loss_and_gradient_match_float64_for_any_gammas(implementation, x, y, gamma_neg, gamma_pos):
@@ -65,6 +69,7 @@ def test_loss_and_gradient_match_float64_for_any_gammas(implementation, x, y, ga
     assert_no_worse(slope, true_slope, careful_slope, "gradient")
 
 
+@pytest.mark.mostly_long(short=2)
 @examples
 @given(x=logits, clip=st.floats(2.0**-6, 0.875, width=32), gamma_neg=gammas)
 def test_negatives_below_the_margin_are_exactly_zero_with_their_gradient(implementation, x, clip, gamma_neg):
@@ -76,6 +81,7 @@ def test_negatives_below_the_margin_are_exactly_zero_with_their_gradient(impleme
         assert (value[above & (p - clip > 1e-6)] > 0).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=logits, gamma_neg=gammas, gamma_pos=gammas, clip=clips)
 def test_gradients_push_positives_up_and_negatives_down(implementation, x, gamma_neg, gamma_pos, clip):
@@ -85,6 +91,7 @@ def test_gradients_push_positives_up_and_negatives_down(implementation, x, gamma
         assert (sign * slope >= 0).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=logits, step=st.floats(0, 50, width=32), gamma_neg=gammas, gamma_pos=gammas, clip=clips)
 def test_the_loss_falls_in_a_positives_logit_and_rises_in_a_negatives(
@@ -102,6 +109,7 @@ def test_the_loss_falls_in_a_positives_logit_and_rises_in_a_negatives(
         assert (smaller <= larger.astype(np.float64) * (1 + 4e-6) + 1e-6).all()
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=logits, y=labels, where=masks, order=st.permutations(range(SHAPE[1])))
 def test_the_order_of_the_classes_does_not_matter(implementation, x, y, where, order):
@@ -126,6 +134,7 @@ def test_the_order_of_the_classes_does_not_matter(implementation, x, y, where, o
     np.testing.assert_array_equal(moved_slope, slope[:, order])
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=moderate, y=labels, where=masks, poison=st.sampled_from([np.nan, np.inf, -np.inf, 3e38]))
 def test_what_is_masked_has_no_effect_on_loss_or_gradient(implementation, x, y, where, poison):
@@ -142,6 +151,7 @@ def test_what_is_masked_has_no_effect_on_loss_or_gradient(implementation, x, y, 
     np.testing.assert_allclose(slope_again, slope, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=moderate, y=labels, poison=st.sampled_from([np.nan, np.inf, -np.inf]))
 def test_one_examples_poison_stays_in_its_own_row(implementation, x, y, poison):
@@ -155,6 +165,7 @@ def test_one_examples_poison_stays_in_its_own_row(implementation, x, y, poison):
     assert np.isnan(again[1]) == np.isnan(poison)
 
 
+@pytest.mark.mostly_long(short=1)
 @examples
 @given(x=moderate, y=soft_labels, clip=clips, gamma_neg=gammas)
 def test_a_sum_over_classes_is_the_sum_of_the_elements(implementation, x, y, clip, gamma_neg):

@@ -81,7 +81,7 @@ LAYOUTS = [(None, kind, spec) for spec in SPECS for kind in KINDS]
 LAYOUTS += [(kernel, KINDS[(i + k) % 2], spec) for k, kernel in enumerate(KERNELS) for i, spec in enumerate(SPECS)]
 
 
-@pytest.mark.mostly_long(short=8)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(("implementation", "kind", "spec"), LAYOUTS, ids=str)
 def test_every_layout_gives_what_one_device_gives(implementation, kind, spec):
     x, y, arrays = operands()
@@ -107,7 +107,7 @@ SUMS += [
 ]
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(("axis", "kind", "dtype"), SUMS, ids=str)
 def test_every_axis_and_dtype_gives_what_one_device_gives(axis, kind, dtype):
     x, y, arrays = operands(dtype)
@@ -124,7 +124,7 @@ def test_every_axis_and_dtype_gives_what_one_device_gives(axis, kind, dtype):
     )
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("implementation", [None, "mosaic_tpu", "triton"])
@@ -166,6 +166,7 @@ def test_inside_a_shard_map_over_some_axes_the_others_are_partitioned(kind):
     np.testing.assert_allclose(found, asymmetric_loss(x, y), rtol=1e-6)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize(
     "spec", [P("data"), P(None, "data"), P(None, None, "model"), P("data", None, "model")], ids=str
@@ -231,6 +232,7 @@ def test_a_spec_that_contradicts_explicit_axes_is_named():
         jax.jit(lambda x: asymmetric_loss(x, y, logits_spec=P("model"))).trace(on_mesh)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 def test_second_derivatives_on_a_mesh(kind):
     x, y, _ = operands()
@@ -250,7 +252,7 @@ def test_second_derivatives_on_a_mesh(kind):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=5)
 @pytest.mark.parametrize("form", [PackedLabels, SparseLabels])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def bound(truth: Any, summed: int) -> Any:
     return (np.log2(summed) + 6) * EPS * np.abs(truth)
 
 
-@pytest.mark.mostly_long(short=5)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize(("rows", "classes"), [(1, 60_000), (7, 9_000), (1, 100_000), (2, 1_000_000), (64, 4_097)])
 def test_on_the_cpu_a_row_of_any_length_is_summed_to_a_few_roundings(kind, rows, classes):
@@ -57,7 +57,7 @@ def test_on_the_cpu_a_row_of_any_length_is_summed_to_a_few_roundings(kind, rows,
     assert abs(total - truth.sum()) <= bound(truth.sum(), rows * classes)
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("axis", [0, None, (0, 1)])
 def test_so_is_a_column(kind, axis):
@@ -67,7 +67,7 @@ def test_so_is_a_column(kind, axis):
     assert np.all(np.abs(value - truth) <= bound(truth, 2.0**64 if axis == 0 else 100_000))  # groups of 64 rows
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("kernel", ["mosaic_tpu", "triton"])
 def test_a_kernel_adds_up_few_losses_in_a_row(kind, kernel):
@@ -79,7 +79,7 @@ def test_a_kernel_adds_up_few_losses_in_a_row(kind, kernel):
     assert np.all(np.abs(value - truth) <= bound(truth, 300_000))
 
 
-@pytest.mark.mostly_long(short=2)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("axis", [-1, None])
 def test_the_head_adds_its_chunks_without_an_error(kind, axis):

@@ -30,6 +30,7 @@ def assert_gradient_like_float64(slope: Any, x: Any, y: Any, cotangent: Any = 1.
     assert_no_worse(np.asarray(slope), truth, careful, "gradient")
 
 
+@pytest.mark.mostly_long(short=1)
 def test_eager_and_jitted_calls_agree(implementation):
     x, y = jnp.asarray(logits_of(SHAPE)), jnp.asarray(labels_of(SHAPE))
 
@@ -43,6 +44,7 @@ def test_eager_and_jitted_calls_agree(implementation):
     assert_gradient_like_float64(slope, np.asarray(x), y, axis=None)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_one_two_and_four_dimensions_give_the_same_losses(implementation):
     flat, labels = logits_of((12, 33)), labels_of((12, 33))
     whole = asymmetric_loss(flat, labels, implementation=implementation)
@@ -54,7 +56,7 @@ def test_one_two_and_four_dimensions_give_the_same_losses(implementation):
     np.testing.assert_allclose(one, whole[5], rtol=1e-6)
 
 
-@pytest.mark.mostly_long(short=4)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("in_axis", [0, 1, 2])
 def test_vmap_over_any_leading_dimension_is_the_batched_call(implementation, in_axis):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
@@ -80,6 +82,7 @@ def test_vmap_over_any_leading_dimension_is_the_batched_call(implementation, in_
     assert_gradient_like_float64(found, x, y, ct, where=where)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_vmap_of_logits_alone_shares_labels_and_masks(implementation):
     x, y = logits_of(SHAPE), labels_of(SHAPE[1:])
     weights = np.linspace(0, 1, 33, dtype=np.float32)
@@ -87,6 +90,7 @@ def test_vmap_of_logits_alone_shares_labels_and_masks(implementation):
     assert_like_float64(found, x, np.broadcast_to(y, SHAPE), weights=weights)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_vmap_over_gammas_and_clips_gives_each_its_own_loss_and_gradient(implementation):
     x, y = logits_of((5, 33)), labels_of((5, 33))
     numbers = [(0.0, 0.0, 0.0), (4.0, 1.0, 0.05), (2.5, 0.5, 0.3)]
@@ -110,6 +114,7 @@ def test_vmap_over_gammas_and_clips_gives_each_its_own_loss_and_gradient(impleme
         assert_gradient_like_float64(slope, x, y, **options)
 
 
+@pytest.mark.mostly_long(short=1)
 def test_a_scan_over_batches_sums_what_the_batches_give(implementation):
     """As in gradient accumulation, with a schedule of gamma_neg as the scan's own input."""
     x, y = logits_of(SHAPE), labels_of(SHAPE)
@@ -133,6 +138,7 @@ def test_a_scan_over_batches_sums_what_the_batches_give(implementation):
     np.testing.assert_allclose(slope, true_slope, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(
     "policy", [None, jax.checkpoint_policies.everything_saveable, jax.checkpoint_policies.dots_saveable]
 )
@@ -171,13 +177,13 @@ def true_second_derivative(x: Any, y: Any, **options: Any) -> Any:
     return (up - down) / (2 * step)
 
 
-@pytest.mark.mostly_long(short=8)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_reverse_over_reverse_is_the_curvature_of_float64(implementation, gamma_neg, gamma_pos, clip):
     assert_curvature(implementation, gamma_neg, gamma_pos, clip, "int8")
 
 
-@pytest.mark.mostly_long(short=3)
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_reverse_over_reverse_is_right_for_soft_labels(gamma_neg, gamma_pos, clip):
     assert_curvature(None, gamma_neg, gamma_pos, clip, "float32")
@@ -198,6 +204,7 @@ def assert_curvature(
     np.testing.assert_allclose(found, truth, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("label", [0, 1])
 @pytest.mark.parametrize(
     ("gamma_neg", "gamma_pos", "clip"),
@@ -211,7 +218,7 @@ def test_the_curvature_at_a_logit_of_exactly_zero_is_right(gamma_neg, gamma_pos,
     np.testing.assert_allclose(found, true_second_derivative(x, y, **options), atol=2e-6)
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("labels_dtype", ["int8", "float32"])
 @pytest.mark.parametrize(("gamma_neg", "gamma_pos", "clip"), GAMMAS_AND_CLIP)
 def test_the_curvature_is_finite_at_infinity_and_beside_the_margin(gamma_neg, gamma_pos, clip, labels_dtype):
@@ -259,6 +266,7 @@ def test_the_gradient_of_a_gradient_penalty_reaches_weights_of_a_model():
         assert float(found[index]) == pytest.approx(rise / 2e-5, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("implementation_by_name", [None, "xla"])
 def test_an_export_round_trip_keeps_loss_and_gradient(implementation_by_name):
     x, y = logits_of((33, 80)), labels_of((33, 80))

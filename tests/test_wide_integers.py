@@ -31,7 +31,7 @@ def traced(x: Any, y: Any, gamma: Any, clip: Any, weights: Any, where: Any, name
     return jax.value_and_grad(lambda x: asymmetric_loss(x, y, axis=(), implementation=name, **options).sum())(x)
 
 
-@pytest.mark.mostly_long(short=6)
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("mode", ["plain", "traced", "vmap of traced"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(7, 130), (33, 527), (64, 1024)])
@@ -120,6 +120,7 @@ def offsets(form: str, shape: tuple[int, ...]) -> dict[str, int] | None:
     return found
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
@@ -137,6 +138,7 @@ def test_offsets_of_a_triton_kernel_reach_the_last_element(form, expected):
     assert expected is None or (found is not None and found.items() >= expected.items())
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("name", ["labels", "where"])
 @pytest.mark.parametrize(("rows", "served"), [(2047, True), (2048, False), (4096, False), (4097, True)])
 def test_a_triton_kernel_is_refused_where_offsets_of_bytes_have_32_bits(name, rows, served):
