@@ -217,14 +217,14 @@ def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **optio
     mask = arguments.check_where(where, x, axes)
     ignore = arguments.check_ignore_label(options["ignore_label"])
     checked = arguments.check_loss(loss, x, axes)
-    form, label_array = arguments.check_labels(labels, x, where, ignore)
+    form, label_array = arguments.check_labels(labels, x, where, ignore, checked.static)
     call = _Call(
         function=function,
         loss=checked.static,
         axes=axes,
         labels=form,
         ignore_label=ignore,
-        label_smoothing=arguments.check_label_smoothing(options["label_smoothing"]),
+        label_smoothing=arguments.check_label_smoothing(options["label_smoothing"], checked.static),
         implementation=arguments.check_implementation(options["implementation"]),
         interpret=kernels.interpreting(),
         donate_logits=arguments.check_flag("donate_logits", options["donate_logits"]),

@@ -134,9 +134,15 @@ def check_precision(precision: Any) -> Any:
 
 
 def check_labels(
-    labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None
+    labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None, loss: ElementwiseLoss
 ) -> tuple[Form, Array]:
     """Their form and their array: words, ids, or an element each."""
+    third = loss.third_state
+    if third is not None and third in (0, 1, ignore_label):
+        raise ValueError(
+            f"unannotated_label={third}; expected an integer that is no other label, so neither 0 nor 1"
+            + ("" if ignore_label is None else f" nor ignore_label={ignore_label}")
+        )
     if isinstance(labels, (PackedLabels, SparseLabels)):
         if labels.shape != logits.shape:
             raise ValueError(
@@ -161,19 +167,20 @@ def check_labels(
         like_ids = jnp.issubdtype(array.dtype, jnp.integer) and array.shape[:-1] == logits.shape[:-1]
         besides = "; ids of the positives go in as SparseLabels(ids, classes)" if like_ids else ""
         raise ValueError(f"labels have shape {array.shape}; expected the logits' shape {logits.shape}{besides}")
-    if ignore_label is not None and jnp.issubdtype(array.dtype, jnp.integer):
-        held = jnp.iinfo(array.dtype)
-        if not held.min <= ignore_label <= held.max:
-            raise ValueError(
-                f"ignore_label={ignore_label}, and labels have dtype {array.dtype.name}, which holds {held.min} to "
-                f"{held.max}: no label can be ignored; expected a number that the labels can hold"
-            )
+    for name, number in (("ignore_label", ignore_label), ("unannotated_label", third)):
+        if number is not None and jnp.issubdtype(array.dtype, jnp.integer):
+            held = jnp.iinfo(array.dtype)
+            if not held.min <= number <= held.max:
+                raise ValueError(
+                    f"{name}={number}, and labels have dtype {array.dtype.name}, which holds {held.min} to "
+                    f"{held.max}: no label can be it; expected a number that the labels can hold"
+                )
     if ignore_label is not None and _is_real(array.dtype):
         raise TypeError(
             f"ignore_label={ignore_label} needs integer labels and labels have dtype {array.dtype.name}; leave soft "
             "labels out with where"
         )
-    check_values(labels, where, ignore_label)
+    check_values(labels, where, ignore_label, third)
     return "dense", array
 
 
@@ -257,8 +264,10 @@ def _check_hyperparameter(name: str, value: Any, bounds: Bounds) -> tuple[float 
     return None, array
 
 
-def check_label_smoothing(label_smoothing: Any) -> float:
+def check_label_smoothing(label_smoothing: Any, loss: ElementwiseLoss) -> float:
     number = _python_number("label_smoothing", label_smoothing)
+    if number and not (loss.mixes_soft_labels and loss.states == 2):
+        raise ValueError(f"label_smoothing={label_smoothing!r}; {type(loss).__name__} has none, expected 0")
     if not 0 <= number < 1:
         raise ValueError(f"label_smoothing={label_smoothing!r}; expected 0 <= label_smoothing < 1")
     return number

@@ -182,7 +182,7 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
             f"axis={options['axis']!r} leaves the classes in, an array of the logits' size; expected -1, None or a "
             "tuple with the classes' axis"
         )
-    form, label_array = arguments.check_labels(labels, logits, where, ignore)
+    form, label_array = arguments.check_labels(labels, logits, where, ignore, checked.static)
     call = _Call(
         function=function,
         task=Task(
@@ -191,7 +191,7 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
             gradient=False,
             labels=form,
             ignore_label=ignore,
-            label_smoothing=arguments.check_label_smoothing(options["label_smoothing"]),
+            label_smoothing=arguments.check_label_smoothing(options["label_smoothing"], checked.static),
         ),
         axes=axes,
         chunk_size=arguments.check_chunk_size(options["chunk_size"]),

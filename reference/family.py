@@ -90,6 +90,45 @@ def asymmetric_polynomial(
     return xp.where(focus == 0, 0, focus * xp.where(focus == 0, 0, base)), slope
 
 
+def varifocal(x: Any, label: Any, xp: ModuleType = np, *, alpha: Any = 0.75, gamma: Any = 2.0) -> tuple[Any, Any]:
+    """y (y * -log p + (1 - y) * -log q), or for y = 0 alpha p^gamma * -log q: arXiv 2008.13367, equation (2)."""
+    present, absent = binary_cross_entropy(x, True, xp)[0], binary_cross_entropy(x, False, xp)[0]
+    p, q = _sigmoid(x, xp), _sigmoid(-x, xp)
+    positive = label * (label * present + xp.where(label < 1, (1 - label) * xp.where(label < 1, absent, 0), 0))
+    of_negative = alpha * p**gamma * (p + gamma * _zero_times(q, absent, xp))
+    value = xp.where(label > 0, positive, alpha * p**gamma * absent)
+    return value, xp.where(label > 0, label * (p - label), of_negative)
+
+
+def selective(
+    x: Any,
+    state: int,
+    xp: ModuleType = np,
+    *,
+    gamma_pos: Any = 0.0,
+    gamma_neg: Any = 1.0,
+    gamma_unann: Any = 2.0,
+    alpha_pos: Any = 1.0,
+    alpha_neg: Any = 1.0,
+    alpha_unann: Any = 1.0,
+    clip: Any = 0.0,
+    prior: Any = None,
+    prior_threshold: Any = 0.05,
+    likelihood_threshold: Any = 1.0,
+    stop_focus_gradient: bool = True,
+) -> tuple[Any, Any]:
+    """arXiv 2110.10955: of elements that are all positive (1), negative (0) or not annotated (-1)."""
+    gamma, alpha = {1: (gamma_pos, alpha_pos), 0: (gamma_neg, alpha_neg), -1: (gamma_unann, alpha_unann)}[state]
+    settings: dict[str, Any] = {"gamma_neg": gamma, "gamma_pos": gamma, "clip": clip}
+    settings |= {"epsilon_pos": 0.0, "epsilon_pos_2": 0.0, "epsilon_neg": 0.0}
+    value, slope = asymmetric_polynomial(x, state == 1, xp, stop_focus_gradient=stop_focus_gradient, **settings)
+    counts = alpha * xp.ones_like(x)
+    if state == -1:
+        counts = xp.where(_sigmoid(x, xp) > likelihood_threshold, 0, counts)
+        counts = counts if prior is None else xp.where(prior > prior_threshold, 0, counts)
+    return xp.where(counts == 0, 0, value * counts), xp.where(counts == 0, 0, slope * counts)
+
+
 def _sigmoid(x: Any, xp: ModuleType) -> Any:
     small = xp.exp(-abs(x))
     return xp.where(x < 0, small, 1) / (1 + small)

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from cases import assert_no_worse, cotangent_of, interpreted, labels_of, logits_of
 
-from asl_pallas import PackedLabels, SparseLabels, multilabel_loss
+from asl_pallas import (
+    PackedLabels,
+    SparseLabels,
+    asymmetric_loss,
+    linear_multilabel_loss,
+    multilabel_loss,
+    sigmoid_asymmetric_loss,
+)
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import (
     AsymmetricPolynomialLoss,
@@ -20,7 +27,9 @@ from asl_pallas.losses import (
     ElementwiseLoss,
     FocalLoss,
     HillLoss,
+    SelectiveLoss,
     SelfPacedLoss,
+    VarifocalLoss,
 )
 from reference import family
 
@@ -247,3 +256,113 @@ def test_a_loss_of_ones_own_is_a_class_with_a_value(implementation):
     head = linear_multilabel_loss(Squared(margin), features, kernel, y, chunk_size=64)
     expected = np.square(features @ kernel - np.where(y > 0, margin, -margin)).sum(-1)
     np.testing.assert_allclose(head, expected, rtol=1e-5)
+
+
+VARIFOCAL = [VarifocalLoss(), VarifocalLoss(alpha=0.25, gamma=0.5)]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("loss", VARIFOCAL)
+def test_varifocal_takes_a_soft_label_for_a_quality(loss, dtype, implementation):
+    if implementation == "mosaic_gpu" and (reason := lacks_mosaic_gpu()):
+        pytest.skip(reason)
+    x, _, ct = inputs()
+    y = labels_of(SHAPE, 4, dtype)
+    pos_weight = np.random.default_rng(3).uniform(0.5, 3, SHAPE[1]).astype(np.float32)
+    found = value_and_slope(loss, x, y, ct, implementation, pos_weight=pos_weight)
+    pairs = []
+    for xp, kind in ((np, np.float64), (jnp, np.float32)):
+        with np.errstate(all="ignore"):
+            both = family.varifocal(xp.asarray(x, kind), xp.asarray(y, kind), xp, **settings_of(loss))
+        pairs.append([np.asarray(part) * np.where(y > 0, pos_weight, 1).astype(kind) for part in both])
+    (true_value, true_slope), (value, slope) = pairs
+    assert_no_worse(np.asarray(found[0]), true_value.sum(-1), np.asarray(jnp.sum(value, -1)), "loss")
+    assert_no_worse(np.asarray(found[1]), true_slope * ct[:, None], slope * ct[:, None], "gradient")
+
+
+SELECTIVE = [
+    SelectiveLoss(),
+    SelectiveLoss(gamma_pos=1.0, gamma_neg=2.0, gamma_unann=4.0, clip=0.05, alpha_unann=0.5, stop_focus_gradient=False),
+    SelectiveLoss(gamma_pos=0.5, gamma_unann=2.5, likelihood_threshold=0.8),
+    SelectiveLoss(alpha_unann=0.0, unannotated_label=7),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("by_prior", [False, True])
+@pytest.mark.parametrize("loss", SELECTIVE)
+def test_a_third_state_has_a_loss_of_its_own(loss, by_prior, implementation):
+    if implementation == "mosaic_gpu" and (reason := lacks_mosaic_gpu()):
+        pytest.skip(reason)
+    x, y, ct = inputs()
+    states = np.where(np.random.default_rng(8).random(SHAPE) < 0.4, -1, y)
+    settings = settings_of(loss)
+    third = settings.pop("unannotated_label")
+    settings["prior"] = np.random.default_rng(9).uniform(0, 0.1, SHAPE[1]).astype(np.float32) if by_prior else None
+    labels = np.where(states == -1, third, states).astype(np.int8)
+    x = np.where(abs(x - np.log(0.8 / 0.2)) < 1e-4, np.float32(2), x)
+    loss = dataclasses.replace(loss, prior=settings["prior"])
+    found = value_and_slope(loss, x, labels, ct, implementation)
+    pairs = []
+    for xp, kind in ((np, np.float64), (jnp, np.float32)):
+        with np.errstate(all="ignore"):
+            sides = [family.selective(xp.asarray(x, kind), state, xp, **settings) for state in (-1, 0, 1)]
+        pairs.append([np.choose(states + 1, [np.asarray(side[k]) for side in sides]) for k in range(2)])
+    (true_value, true_slope), (value, slope) = pairs
+    assert_no_worse(np.asarray(found[0]), true_value.sum(-1), np.asarray(jnp.sum(value, -1)), "loss")
+    assert_no_worse(np.asarray(found[1]), true_slope * ct[:, None], slope * ct[:, None], "gradient")
+
+
+def test_labels_beyond_a_losss_states_are_named():
+    x = np.zeros((2, 3), np.float32)
+    with pytest.raises(ValueError, match="labels hold -1; expected 0 or 1"):
+        multilabel_loss(HillLoss(), x, np.full((2, 3), -1, np.int8))
+    with pytest.raises(ValueError, match="labels hold 2; expected 0 or 1, or -1 for what is not annotated"):
+        multilabel_loss(SelectiveLoss(), x, np.full((2, 3), 2, np.int8))
+    with pytest.raises(ValueError, match="unannotated_label=-1, and labels have dtype uint8, which holds 0 to 255"):
+        multilabel_loss(SelectiveLoss(), x, np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"unannotated_label=-1; expected an integer that is no other label.*ignore"):
+        multilabel_loss(SelectiveLoss(), x, np.zeros((2, 3), np.int8), ignore_label=-1)
+    ignored = multilabel_loss(SelectiveLoss(), x, np.int8([[1, 0, -1], [1, -2, -1]]), ignore_label=-2)
+    assert ignored[1] < ignored[0]
+
+
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (FocalLoss, TypeError, r"loss is the class FocalLoss; expected an object of it: FocalLoss\(\)"),
+    ("focal", TypeError, "loss='focal'; expected a loss object"),
+    (FocalLoss(gamma=-1.0), ValueError, "gamma=-1.0; expected gamma >= 0 and finite"),
+    (FocalLoss(alpha=1.5), ValueError, "alpha=1.5; expected 0 <= alpha <= 1"),
+    (FocalLoss(gamma=jnp.float32(-2.0)), ValueError, "gamma=-2.0; expected gamma >= 0"),
+    (FocalLoss(gamma=np.float32([1, -1, 1])), ValueError, "gamma has the value -1.0; expected gamma >= 0"),
+    (FocalLoss(gamma=np.ones(4)), ValueError, r"gamma has shape \(4,\); expected one that broadcasts to the logits'"),
+    (FocalLoss(gamma="two"), TypeError, "gamma='two'; expected a real number"),
+    (FocalLoss(gamma=None), TypeError, "gamma=None; expected a real number"),
+    (FocalLoss(gamma=[1.0, 2.0, 3.0]), TypeError, "gamma=.* is a list; expected"),
+    (HillLoss(margin=float("inf")), ValueError, "margin=inf; expected margin to be finite"),
+    (VarifocalLoss(), ValueError, "label_smoothing=0.1; VarifocalLoss has none, expected 0"),
+]
+
+
+@pytest.mark.parametrize(("loss", "error", "says"), BAD)
+def test_a_bad_loss_is_named_before_anything_is_compiled(loss, error, says):
+    options = {"label_smoothing": 0.1} if isinstance(loss, VarifocalLoss) else {}
+    x, y = np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int8)
+    with pytest.raises(error, match=says):
+        multilabel_loss(loss, x, y, **options)
+    with pytest.raises(error, match=says):
+        linear_multilabel_loss(loss, x, np.zeros((3, 3)), y, **options)
+
+
+def test_a_derivative_by_a_hyper_parameter_is_refused_by_name():
+    x, y, _ = inputs()
+    for loss in (FocalLoss(jnp.float32(2.0)), FocalLoss(jnp.full(SHAPE[1], 2.0))):
+        with pytest.raises(TypeError, match="multilabel_loss has no derivative with respect to gamma; wrap the"):
+            jax.grad(lambda loss: multilabel_loss(loss, x, y).sum())(loss)
+
+
+def test_the_drop_in_is_the_elementwise_loss_in_optaxs_shape():
+    x, y = logits_of((4, 6)), labels_of((4, 6), dtype="float32")
+    np.testing.assert_array_equal(sigmoid_asymmetric_loss(x, y), asymmetric_loss(x, y, axis=()))
+    found = sigmoid_asymmetric_loss(logits=x, labels=y, gamma_neg=2.0, gamma_pos=0.0, clip=0.0)
+    np.testing.assert_array_equal(found, asymmetric_loss(x, y, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, axis=()))

@@ -112,12 +112,12 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         result_specs = result_specs._replace(gradient=block)
 
     moved = jax.tree.leaves((inputs, results))
-    value, gradient = pl.pallas_call(
+    ((value, gradient),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, ops, (rows, classes), _tile_of(task, tiling, operands)),
         grid=grid,
         in_specs=[specs],
-        out_specs=result_specs,
-        out_shape=results,
+        out_specs=[result_specs],
+        out_shape=[results],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),

@@ -112,7 +112,7 @@ class Task:
         if self.is_soft(tile.labels.dtype):
             tile = _without_left_out(tile._replace(labels=labels), keep, ops)
             return self._weighted(self._mixed(loss, x, tile, ops), tile, keep)
-        label = Label(_is_positive(labels))
+        label = self._label_of(labels)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
         if tile.pos_weight is not None:
@@ -164,7 +164,8 @@ class Task:
 
     def is_soft(self, labels: jnp.dtype) -> bool:
         """Whether an element may be both: each side is evaluated, and they are mixed."""
-        return jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
+        may_be_both = jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
+        return may_be_both and self.loss.mixes_soft_labels
 
     def needs_elements(self, operands: Operands) -> bool:
         """Whether each element's loss has to be right, and not just the sums over the classes."""
@@ -182,6 +183,17 @@ class Task:
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
+    def _label_of(self, labels: Array) -> Label:
+        """Of hard labels, and of soft ones that aren't mixed."""
+        if jnp.issubdtype(labels.dtype, jnp.floating):
+            return Label(labels > 0.0, target=_between_0_and_1(labels))
+        third = self.loss.third_state
+        if third is None or labels.dtype == jnp.bool_:
+            return Label(_is_positive(labels))
+        unannotated = jnp.logical_not(is_annotated(labels, third))
+        positive = _is_positive(labels)
+        return Label(jnp.logical_and(positive, labels == 1) if third > 0 else positive, unannotated)
+
     def _of_loss(self, loss: ElementwiseLoss, x: Array, label: Label, ops: Ops) -> Result:
         if not self.gradient:
             return Result(loss.value(x, label, ops), None)
@@ -193,8 +205,7 @@ class Task:
         labels = tile.labels
         y = _is_positive(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
-            # No label: the formula would give a number without meaning, a negative loss too.
-            y = jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
+            y = _between_0_and_1(labels)
         of_positive, of_negative = (self._of_loss(loss, x, Label(positive), ops) for positive in (True, False))
         taken_for_positive = loss.relabel(x, Label(False), ops).positive
 
@@ -277,6 +288,11 @@ def _without_left_out(tile: Operands, keep: Array | None, ops: Ops) -> Operands:
 def _unless_infinite(share: Array, x: Array) -> Array:
     """x, and 0 where it is infinite and has no share in the loss."""
     return jnp.where(jnp.logical_and(share == 0.0, x == jnp.inf), 0.0, x)
+
+
+def _between_0_and_1(labels: Array) -> Array:
+    """Soft labels; NaN for what is none: a loss would give a number without meaning, below 0 too."""
+    return jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
 
 
 def _is_positive(labels: Array) -> Array:

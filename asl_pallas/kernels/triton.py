@@ -96,10 +96,10 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         results = results._replace(
             gradient=result_like(operands.logits, flattened((rows, classes)), operands.logits.dtype)
         )
-    value, gradient = pl.pallas_call(
+    ((value, gradient),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
-        out_shape=results,
+        out_shape=[results],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         # Safe in one pass: an element is read before its own gradient is written, and what others read of it is masked.
         input_output_aliases={0: int(task.value is not None)} if task.gradient and task.donate_logits else {},

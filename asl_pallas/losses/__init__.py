@@ -5,7 +5,9 @@ from asl_pallas.losses.base import ElementwiseLoss, Label, Ops, hyperparameter
 from asl_pallas.losses.focal import BinaryCrossEntropy, FocalLoss
 from asl_pallas.losses.hill import HillLoss
 from asl_pallas.losses.polynomial import AsymmetricPolynomialLoss
+from asl_pallas.losses.selective import SelectiveLoss
 from asl_pallas.losses.self_paced import SelfPacedLoss
+from asl_pallas.losses.varifocal import VarifocalLoss
 
 __all__ = [
     "AsymmetricLoss",
@@ -16,6 +18,8 @@ __all__ = [
     "HillLoss",
     "Label",
     "Ops",
+    "SelectiveLoss",
     "SelfPacedLoss",
+    "VarifocalLoss",
     "hyperparameter",
 ]

@@ -124,13 +124,22 @@ EXACT = Ops()
 
 
 class Label(NamedTuple):
-    """What elements are labelled: masks like the logits, or Python bools where only one state occurs."""
+    """What elements are labelled: masks like the logits, or Python bools where only one state occurs.
+
+    Attributes:
+      positive: False for a negative and for what is not annotated.
+      unannotated: of losses with three states.
+      target: soft labels between 0 and 1, for losses that don't mix two sides; None for hard ones.
+    """
 
     positive: Array | bool
+    unannotated: Array | bool = False
+    target: Array | None = None
 
-    def select(self, positive: Any, negative: Any) -> Any:
-        """Element by element one of two values; either may be a number."""
-        return select(self.positive, positive, negative, jnp.float32)
+    def select(self, positive: Any, negative: Any, unannotated: Any = None) -> Any:
+        """Element by element one of the values, which may be numbers; the negatives' for lack of a third."""
+        value = select(self.positive, positive, negative, jnp.float32)
+        return value if unannotated is None else select(self.unannotated, unannotated, value, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,11 +151,20 @@ class ElementwiseLoss:
     jax.lax.scan and jax.tree.map.
 
     Attributes:
+      states: 2, positive and negative; 3, not annotated too: integer labels that are `unannotated_label`.
+      mixes_soft_labels: the loss of a soft label y is y L+ + (1 - y) L-; otherwise `value` sees y as `Label.target`.
       non_negative: the loss is never below 0, so that a sum that rounding took below 0 counts as 0.
       allows_approximate_math: the loss stays exact enough where exp and log err by 2^-22.
     """
 
+    states: ClassVar[int] = 2
+    mixes_soft_labels: ClassVar[bool] = True
     non_negative: ClassVar[bool] = False
+
+    @property
+    def third_state(self) -> int | None:
+        """The integer label of what is not annotated, of a loss with three states."""
+        return int(getattr(self, "unannotated_label", -1)) if self.states == 3 else None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -254,6 +272,45 @@ def to_the(exponent: Hyperparameter, m: Array) -> Array | float:
         return power(m, exponent)
     outside = m <= 0.0  # which a NaN is not
     return jnp.where(outside, 0.0, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m))))
+
+
+def derived_power(exponent: Hyperparameter, m: Array, ops: Ops) -> Array | float:
+    """The derivative of m^exponent in m; anything where m is 0."""
+    if is_chain(exponent):
+        return exponent * power(m, exponent - 1) if exponent else 0.0
+    return exponent * ops.quotient(jnp.asarray(to_the(exponent, m)), jnp.where(m <= 0.0, 1.0, m))
+
+
+class WrongAnswer(NamedTuple):
+    """The answer that the label doesn't give: present for a negative, absent for a positive.
+
+    Attributes:
+      logit: u, x for a negative and -x for a positive.
+      p, one_minus_p: w = sigmoid(u) and 1 - w, each to its own relative precision.
+      m: w less the margin, which positives have none of, and at least 0.
+      over: 1 / (1 - m).
+    """
+
+    logit: Array
+    p: Array
+    one_minus_p: Array
+    m: Array
+    over: Array
+
+
+def wrong_answer(logit: Array, label: Label, clip: Hyperparameter, ops: Ops) -> WrongAnswer:
+    u = label.select(0.0 - logit, logit)
+    e = bounded_exp(u, ops)
+    right = ops.reciprocal(1.0 + e)
+    wrong = e * right
+    if not has_margin(clip):
+        return WrongAnswer(u, wrong, right, wrong, 1.0 + e)
+    margin = label.select(0.0, clip)
+    return WrongAnswer(u, wrong, right, ops.maximum(wrong - margin, 0.0), ops.reciprocal(right + margin))
+
+
+def has_margin(clip: Hyperparameter) -> bool:
+    return not (is_static(clip) and clip == 0)
 
 
 def surprise(m: Array, over: Array, ops: Ops, focused: bool) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,13 +14,13 @@ from asl_pallas.losses.base import (
     Hyperparameter,
     Label,
     Ops,
-    bounded_exp,
+    derived_power,
+    has_margin,
     hyperparameter,
-    is_chain,
     is_static,
-    power,
     surprise,
     to_the,
+    wrong_answer,
 )
 
 
@@ -60,53 +61,38 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         return known and self.epsilon_pos <= 1 and self.epsilon_pos_2 <= 1 and self.epsilon_neg <= 0
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
-        u, _, _, m, over = self._probabilities(logit, label, ops)
-        focus, loss, _ = self._factors(label, ops, u, m, over)
-        return focus * loss
+        u, _, _, m, over = wrong_answer(logit, label, self.clip, ops)
+        log = surprise(m, over, ops, self._is_focused)
+        return self._focus(m, label) * self._of_log(self._unbounded(log, u, label, ops), m, label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
-        """In u, the logit of the wrong answer, with w = sigmoid(u) and f the factor that has the exponent:
+        """In u, the logit of the wrong answer, with w = sigmoid(u), f the factor that has the exponent, l the other:
 
         dL/du = w * (1 - w) * (f * dl/dm + df/dm * l),  0 where m is 0
         """
-        u, wrong, right, m, over = ops.cut(*self._probabilities(logit, label, ops))
-        focus, loss, derived = self._factors(label, ops, u, m, over)
-        slope = focus * derived
+        u, wrong, right, m, over = ops.cut(*wrong_answer(logit, label, self.clip, ops))
+        log = surprise(m, over, ops, self._is_focused)
+        focus = self._focus(m, label)
+        value = focus * self._of_log(self._unbounded(log, u, label, ops), m, label)
+        slope = focus * (over - label.select(self.epsilon_pos + self.epsilon_pos_2 * m, 0.0 - self.epsilon_neg))
         if not self.stop_focus_gradient:
-            slope = slope + label.select(_derived(self.gamma_pos, m, ops), _derived(self.gamma_neg, m, ops)) * loss
+            derived = label.select(derived_power(self.gamma_pos, m, ops), derived_power(self.gamma_neg, m, ops))
+            slope = slope + derived * self._of_log(log, m, label)
         slope = jnp.where(m <= 0.0, 0.0, slope * (wrong * right))  # a NaN stays one
-        return focus * loss, label.select(0.0 - slope, slope)
+        return value, label.select(0.0 - slope, slope)
 
-    def _probabilities(self, logit: Array, label: Label, ops: Ops) -> tuple[Array, Array, Array, Array, Array]:
-        """u, w, 1 - w, m = w less the margin, 1 / (1 - m)."""
-        u = label.select(0.0 - logit, logit)
-        e = bounded_exp(u, ops)
-        right = ops.reciprocal(1.0 + e)
-        wrong = e * right
-        if not self._has_margin:
-            return u, wrong, right, wrong, 1.0 + e
-        margin = label.select(0.0, self.clip)
-        return u, wrong, right, ops.maximum(wrong - margin, 0.0), ops.reciprocal(right + margin)
+    def _focus(self, m: Array, label: Label) -> Any:
+        return label.select(to_the(self.gamma_pos, m), to_the(self.gamma_neg, m))
 
-    def _factors(self, label: Label, ops: Ops, u: Array, m: Array, over: Array) -> tuple[Array | float, Array, Array]:
-        """The factor with the exponent, the one with the logarithm, and the latter's derivative in m."""
-        focused = all(is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
-        log = surprise(m, over, ops, focused)
+    def _unbounded(self, log: Array, u: Array, label: Label, ops: Ops) -> Array:
+        """Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more."""
         unbounded = ops.maximum(log, u)
-        if self._has_margin:
-            unbounded = label.select(unbounded, log)
-        e_1, e_2, e_neg = self.epsilon_pos, self.epsilon_pos_2, self.epsilon_neg
-        loss = unbounded - label.select(m * (e_1 + 0.5 * e_2 * m), e_neg * (1.0 - m))
-        derived = over - label.select(e_1 + e_2 * m, 0.0 - e_neg)
-        return label.select(to_the(self.gamma_pos, m), to_the(self.gamma_neg, m)), loss, derived
+        return label.select(unbounded, log) if has_margin(self.clip) else unbounded
+
+    def _of_log(self, log: Array, m: Array, label: Label) -> Array:
+        of_positive = m * (self.epsilon_pos + 0.5 * self.epsilon_pos_2 * m)
+        return log - label.select(of_positive, self.epsilon_neg * (1.0 - m))
 
     @property
-    def _has_margin(self) -> bool:
-        return not (is_static(self.clip) and self.clip == 0)
-
-
-def _derived(exponent: Hyperparameter, m: Array, ops: Ops) -> Array | float:
-    """Of m^exponent, in m; anything where m is 0."""
-    if is_chain(exponent):
-        return exponent * power(m, exponent - 1) if exponent else 0.0
-    return exponent * ops.quotient(jnp.asarray(to_the(exponent, m)), jnp.where(m <= 0.0, 1.0, m))
+    def _is_focused(self) -> bool:
+        return all(is_static(gamma) and gamma >= 1 for gamma in (self.gamma_neg, self.gamma_pos))
