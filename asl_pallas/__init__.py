@@ -6,11 +6,13 @@ from asl_pallas.kernels.platforms import EXPORT_CHECKS
 from asl_pallas.label_checks import checked_labels
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss
+from asl_pallas.partial_labels import PartialLabels
 
 __all__ = [
     "EXPORT_CHECKS",
     "AsymmetricLoss",
     "PackedLabels",
+    "PartialLabels",
     "SparseLabels",
     "asymmetric_loss",
     "checked_labels",

@@ -20,12 +20,13 @@ from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
+from asl_pallas.partial_labels import PartialLabels
 
 
 @arguments.explains_foreign_names
 def asymmetric_loss(
     logits: ArrayLike,
-    labels: ArrayLike | PackedLabels | SparseLabels,
+    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
     *,
     gamma_neg: ArrayLike = 4.0,
     gamma_pos: ArrayLike = 1.0,
@@ -129,7 +130,7 @@ def asymmetric_loss(
 def multilabel_loss(
     loss: ElementwiseLoss,
     logits: ArrayLike,
-    labels: ArrayLike | PackedLabels | SparseLabels,
+    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
     *,
     axis: int | tuple[int, ...] | None = -1,
     where: ArrayLike | None = None,
@@ -217,12 +218,12 @@ def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **optio
     mask = arguments.check_where(where, x, axes)
     ignore = arguments.check_ignore_label(options["ignore_label"])
     checked = arguments.check_loss(loss, x, axes)
-    form, label_array = arguments.check_labels(labels, x, where, ignore, checked.static)
+    checked_labels = arguments.check_labels(labels, x, where, ignore, checked.static)
     call = _Call(
         function=function,
         loss=checked.static,
         axes=axes,
-        labels=form,
+        labels=checked_labels.form,
         ignore_label=ignore,
         label_smoothing=arguments.check_label_smoothing(options["label_smoothing"], checked.static),
         implementation=arguments.check_implementation(options["implementation"]),
@@ -232,7 +233,8 @@ def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **optio
     )
     arrays = _Arrays(
         logits=x,
-        labels=label_array,
+        labels=checked_labels.labels,
+        negatives=checked_labels.negatives,
         where=mask,
         weights=arguments.check_weights("weights", options["weights"], x, axes),
         pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], x, axes),
@@ -247,6 +249,7 @@ class _Arrays(NamedTuple):
 
     logits: Array
     labels: Array
+    negatives: Array | None
     where: Array | None
     weights: Array | None
     pos_weight: Array | None
@@ -287,6 +290,7 @@ def _compiled(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -> Array
     operands = Operands(
         logits=arrays.logits,
         labels=arrays.labels,
+        negatives=arrays.negatives,
         where=None if arrays.where is None else ranked(arrays.where),
         weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
         pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),

@@ -20,6 +20,7 @@ from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, hyperparameters
+from asl_pallas.partial_labels import PartialLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -133,16 +134,31 @@ def check_precision(precision: Any) -> Any:
     return precision
 
 
+class CheckedLabels(NamedTuple):
+    """How the labels are written, and their arrays: words, ids, or an element each."""
+
+    form: Form
+    labels: Array
+    negatives: Array | None = None
+
+
 def check_labels(
     labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None, loss: ElementwiseLoss
-) -> tuple[Form, Array]:
-    """Their form and their array: words, ids, or an element each."""
+) -> CheckedLabels:
     third = loss.third_state
     if third is not None and third in (0, 1, ignore_label):
         raise ValueError(
             f"unannotated_label={third}; expected an integer that is no other label, so neither 0 nor 1"
             + ("" if ignore_label is None else f" nor ignore_label={ignore_label}")
         )
+    if isinstance(labels, PartialLabels):
+        if loss.states < 3:
+            raise TypeError(
+                f"labels are PartialLabels, and {type(loss).__name__} has no loss for what is not annotated; expected "
+                "a loss with three states, such as SelectiveLoss, or labels of two and where"
+            )
+        parts = [check_labels(part, logits, where, ignore_label, loss) for part in labels.checked().tree_flatten()[0]]
+        return CheckedLabels(parts[0].form, parts[0].labels, parts[1].labels)
     if isinstance(labels, (PackedLabels, SparseLabels)):
         if labels.shape != logits.shape:
             raise ValueError(
@@ -154,10 +170,10 @@ def check_labels(
                 "elements out with where"
             )
         if isinstance(labels, PackedLabels):
-            return "packed", jnp.asarray(labels.checked().words)
+            return CheckedLabels("packed", jnp.asarray(labels.checked().words))
         ids = jnp.asarray(labels.checked().ids)
         check_ids(ids, labels.classes)
-        return "sparse", ids
+        return CheckedLabels("sparse", ids)
     refuse_other_forms("labels", labels)
     labels, where = unwrap(labels), unwrap(where)
     array = _array("labels", labels)
@@ -181,7 +197,7 @@ def check_labels(
             "labels out with where"
         )
     check_values(labels, where, ignore_label, third)
-    return "dense", array
+    return CheckedLabels("dense", array)
 
 
 def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> Array | None:

@@ -30,8 +30,8 @@ from asl_pallas.kernels.versions import vary_alike
 class Arrays(NamedTuple):
     """The arrays of a call, or one device's part of them; None where the call has none.
 
-    features: (..., d). kernel: (d, classes), where it lies whole. bias: (classes,). labels, where, weights,
-    pos_weight, vectors, scalars: as in `Operands`, with any number of leading dimensions. cotangent: (..., 1).
+    features: (..., d). kernel: (d, classes), where it lies whole. bias: (classes,). cotangent: (..., 1).
+    The others are as in `Operands`, with any number of leading dimensions.
     """
 
     features: Array
@@ -42,6 +42,7 @@ class Arrays(NamedTuple):
     weights: Array | None = None
     pos_weight: Array | None = None
     cotangent: Array | None = None
+    negatives: Any = None
     vectors: tuple[Array, ...] = ()
     scalars: Any = None
 
@@ -120,7 +121,11 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         def part(_: str, operand: Array) -> Array:
             return _slice(operand, start, size) if operand.shape[-1] == classes else operand
 
-        tile = around.map(part)._replace(logits=logits.reshape(*leading, size), labels=labels, scalars=arrays.scalars)
+        negatives = arrays.negatives
+        if negatives is not None:
+            negatives = _labels_of(task.labels, negatives, start, size, chunk)
+        logits = logits.reshape(*leading, size)
+        tile = around.map(part)._replace(logits=logits, labels=labels, negatives=negatives, scalars=arrays.scalars)
         if work.implementation not in (None, kernels.PLAIN):
             reason = kernels.refusal(work.implementation, tile, task.labels)
             if reason is not None:

@@ -22,6 +22,7 @@ from asl_pallas.kernels.tile import Task, compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
+from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
 
 
@@ -29,7 +30,7 @@ from asl_pallas.sharding import CannotCutError
 def linear_asymmetric_loss(
     features: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike | PackedLabels | SparseLabels,
+    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
     *,
     bias: ArrayLike | None = None,
     chunk_size: int | None = None,
@@ -115,7 +116,7 @@ def linear_multilabel_loss(
     loss: ElementwiseLoss,
     features: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike | PackedLabels | SparseLabels,
+    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
     *,
     bias: ArrayLike | None = None,
     chunk_size: int | None = None,
@@ -182,14 +183,14 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
             f"axis={options['axis']!r} leaves the classes in, an array of the logits' size; expected -1, None or a "
             "tuple with the classes' axis"
         )
-    form, label_array = arguments.check_labels(labels, logits, where, ignore, checked.static)
+    checked_labels = arguments.check_labels(labels, logits, where, ignore, checked.static)
     call = _Call(
         function=function,
         task=Task(
             checked.static,
             value="rows",
             gradient=False,
-            labels=form,
+            labels=checked_labels.form,
             ignore_label=ignore,
             label_smoothing=arguments.check_label_smoothing(options["label_smoothing"], checked.static),
         ),
@@ -205,7 +206,8 @@ def _linear_loss(function: str, loss: Any, features: Any, kernel: Any, labels: A
         features=x,
         kernel=w,
         bias=arguments.check_bias(options["bias"], w),
-        labels=label_array,
+        labels=checked_labels.labels,
+        negatives=checked_labels.negatives,
         where=mask,
         weights=arguments.check_weights("weights", options["weights"], logits, axes),
         pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], logits, axes),

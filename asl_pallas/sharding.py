@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas.bits import GROUP, cut
-from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task
 from asl_pallas.kernels.versions import vary_as_operands
 
 Names = tuple[str, ...]
@@ -119,9 +119,13 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     def body(operands: Operands) -> Result:
         if class_axes and task.labels != "dense" and not words_are_cut:
             first = lax.axis_index(class_axes) * classes
-            labels = operands.labels
-            labels = labels - first if task.labels == "sparse" else cut(labels, first, classes)
-            operands = operands._replace(labels=labels)
+
+            def own(name: str, array: Array) -> Array:
+                if name not in ENCODED:
+                    return array
+                return array - first if task.labels == "sparse" else cut(array, first, classes)
+
+            operands = operands.map(own)
         value, gradient = run(operands)
         if task.value == "rows" and class_axes:
             value = lax.psum(value, class_axes)
@@ -162,7 +166,9 @@ def _shapes(task: Task, operands: Operands, layout: Layout) -> dict[str, tuple[i
         # Words lie as the logits do where a shard has whole groups of them. Else every device that shares the classes
         # out has all of them, as it has all ids.
         are_cut = _words_are_cut(task, shape[-1] // layout.parts(layout.axes[-1]))
-        shapes["labels"] = (*shape[:-1], operands.labels.shape[-1] if are_cut else ALIKE)
+        for name, array in operands.arrays():
+            if name in ENCODED:
+                shapes[name] = (*shape[:-1], array.shape[-1] if are_cut else ALIKE)
     return shapes
 
 

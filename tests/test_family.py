@@ -14,6 +14,7 @@ from cases import assert_no_worse, cotangent_of, interpreted, labels_of, logits_
 
 from asl_pallas import (
     PackedLabels,
+    PartialLabels,
     SparseLabels,
     asymmetric_loss,
     linear_multilabel_loss,
@@ -366,3 +367,63 @@ def test_the_drop_in_is_the_elementwise_loss_in_optaxs_shape():
     np.testing.assert_array_equal(sigmoid_asymmetric_loss(x, y), asymmetric_loss(x, y, axis=()))
     found = sigmoid_asymmetric_loss(logits=x, labels=y, gamma_neg=2.0, gamma_pos=0.0, clip=0.0)
     np.testing.assert_array_equal(found, asymmetric_loss(x, y, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, axis=()))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:4])
+@pytest.mark.parametrize("form", ["packed", "sparse"])
+def test_partial_labels_are_dense_ones_with_three_states(form, implementation):
+    x, y, ct = inputs()
+    states = np.where(np.random.default_rng(8).random(SHAPE) < 0.6, -1, y).astype(np.int8)
+    labels = PartialLabels.from_dense(states, form=form)
+    np.testing.assert_array_equal(labels.to_dense(), states)
+    loss = SelectiveLoss(gamma_unann=3.0, alpha_unann=0.5, likelihood_threshold=0.9)
+    dense = value_and_slope(loss, x, states, ct, implementation)
+    for ours, theirs in zip(value_and_slope(loss, x, labels, ct, implementation), dense, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["packed", "sparse"])
+def test_the_head_and_a_mesh_take_partial_labels(form):
+    random = np.random.default_rng(0)
+    features, kernel = (random.normal(0, s, n).astype(np.float32) for s, n in ((1, (8, 8)), (0.7, (8, 8192))))
+    states = random.integers(-1, 2, (8, 8192)).astype(np.int8)
+    labels, loss = PartialLabels.from_dense(states, form=form), SelectiveLoss(alpha_unann=0.1)
+    expected = jax.value_and_grad(lambda x: multilabel_loss(loss, x, states, axis=None))(jnp.dot(features, kernel))
+    head = linear_multilabel_loss(loss, features, kernel, labels, axis=None, chunk_size=1000)
+    np.testing.assert_allclose(head, expected[0], rtol=1e-5)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec("a", "b")
+    with jax.set_mesh(mesh):
+        step = jax.value_and_grad(lambda x, y: multilabel_loss(loss, x, y, axis=None, logits_spec=spec))
+        found = jax.jit(step)(jnp.dot(features, kernel), labels)
+        specs = {"features_spec": jax.sharding.PartitionSpec("a"), "kernel_spec": jax.sharding.PartitionSpec(None, "b")}
+        on_mesh = jax.jit(lambda f, w, y: linear_multilabel_loss(loss, f, w, y, axis=None, **specs))
+        np.testing.assert_allclose(on_mesh(features, kernel, labels), expected[0], rtol=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_wrong_with_partial_labels_is_named():
+    y = np.int8([[1, 0, -1], [0, -1, -1]])
+    packed, sparse = (PartialLabels.from_dense(y, form=form) for form in ("packed", "sparse"))
+    with pytest.raises(TypeError, match="positives are PackedLabels and negatives SparseLabels; expected one form"):
+        PartialLabels(packed.positives, sparse.negatives)
+    with pytest.raises(ValueError, match=r"positives have shape \(2, 3\) and negatives \(1, 3\); expected one"):
+        PartialLabels(sparse.positives, sparse.negatives[:1])
+    with pytest.raises(ValueError, match="labels hold 2; expected 0, 1 or unannotated_label=-1"):
+        PartialLabels.from_dense(np.int8([[2, 0]]))
+    with pytest.raises(TypeError, match="HillLoss has no loss for what is not annotated; expected a loss with three"):
+        multilabel_loss(HillLoss(), np.zeros((2, 3), np.float32), sparse)
+    assert [part.shape for part in sparse] == [(3,), (3,)]
+    assert jax.tree.structure(sparse) == jax.tree.structure(sparse[:1])
+
+
+def test_a_weak_weight_for_what_is_not_annotated_is_one_line():
+    """Perch-Hoplite's loss: cross-entropy, times a weight where nobody has looked."""
+    x, y, _ = inputs()
+    annotated = np.random.default_rng(8).random(SHAPE) < 0.3
+    weak = multilabel_loss(SelectiveLoss(gamma_neg=0, gamma_unann=0, alpha_unann=0.05), x, np.where(annotated, y, -1))
+    # A label that is there is annotated.
+    weights = np.where(annotated, 1.0, 0.05).astype(np.float32)
+    expected = multilabel_loss(BinaryCrossEntropy(), x, np.where(annotated, y, 0), weights=weights)
+    np.testing.assert_allclose(weak, expected, rtol=1e-5)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.kernels.summation import add_exactly, total_of
-from asl_pallas.kernels.tile import Form, Operands, Result, Task
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
 from asl_pallas.losses.base import Ops
@@ -40,6 +40,7 @@ class _Laid(NamedTuple):
     spec: pl.BlockSpec
     converted: Any = None  # of the block's own extent
     spread: Any = None  # [rows, LANES]: a number per row, in each lane
+    words: Any = None  # [rows, LANES], made of ids
 
 
 class _Scratch(NamedTuple):
@@ -47,7 +48,7 @@ class _Scratch(NamedTuple):
 
     converted: Operands
     spread: Operands
-    words: Any  # [rows, LANES], made of ids
+    words: Operands
     aside: list[Any]  # [group, chunk] each, between two stages
     sums: Any = None  # [rows, partial], a row's partial sums of some blocks
     total: Any = None  # likewise, those of all blocks before
@@ -66,7 +67,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (jnp.int32(0), i))
 
     def lay(name: str, operand: Array) -> _Laid:
-        if name == "labels" and task.labels != "dense":
+        if name in ENCODED and task.labels != "dense":
             return _lay_encoded(task.labels, operand, tiling)
         if operand.shape == (rows, classes):
             array = operand.T if tiling.turned else operand
@@ -87,15 +88,13 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         size = operands.scalars.size
         whole = pl.BlockSpec((1, size), lambda i, j: (jnp.int32(0),) * 2, memory_space=pltpu.SMEM)
         laid = laid._replace(scalars=_Laid(operands.scalars[None], whole))
-    inputs, specs, converted, spread = (
-        jax.tree.map(operator.itemgetter(k), laid, is_leaf=lambda x: isinstance(x, _Laid)) for k in range(4)
+    inputs, specs, converted, spread, words = (
+        jax.tree.map(operator.itemgetter(k), laid, is_leaf=lambda x: isinstance(x, _Laid)) for k in range(5)
     )
     is_fused = [one.converted is not None for one in jax.tree.leaves(laid, is_leaf=lambda x: isinstance(x, _Laid))]
 
     ops = arithmetic(task, operands, not interpret and tpu_refines())
-    scratch = _Scratch(converted, spread, None, _aside(task, tiling, operands, ops))
-    if task.labels == "sparse":
-        scratch = scratch._replace(words=pltpu.VMEM((tiling.rows, LANES), jnp.int32))
+    scratch = _Scratch(converted, spread, words, _aside(task, tiling, operands, ops))
     results, result_specs = Result(None, None), Result(None, None)
     if task.value == "rows":
         results = results._replace(value=result_like(operands.logits, (1, padded_rows), jnp.float32))
@@ -148,7 +147,8 @@ def _lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> _Laid:
     # Rows along the lanes: as (rows, k) they would fill 128 lanes a row, and of no use in a register.
     fill = tpu_ids(labels.shape[1]) - labels.shape[1]
     ids = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=PADDING).T
-    return _Laid(ids, pl.BlockSpec((ids.shape[0], tiling.rows), lambda i, j: (jnp.int32(0), i)))
+    spec = pl.BlockSpec((ids.shape[0], tiling.rows), lambda i, j: (jnp.int32(0), i))
+    return _Laid(ids, spec, words=pltpu.VMEM((tiling.rows, LANES), jnp.int32))
 
 
 def arithmetic(task: Task, operands: Operands, refines: bool) -> Ops:
@@ -193,10 +193,9 @@ def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
     return Operands(
         logits=of(tiling.group, tiling.chunk, operands.logits.dtype),
         labels=of(tiling.group, tiling.chunk, labels),
+        negatives=None if operands.negatives is None else of(tiling.group, tiling.chunk, labels),
         vectors=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.vectors),
-        scalars=scalars
-        if scalars is None
-        else tuple(jax.ShapeDtypeStruct((), scalars.dtype) for _ in range(scalars.size)),
+        scalars=scalars,
     )
 
 
@@ -257,13 +256,19 @@ def _kernel(
     # The bit of the block's first 128 classes: the words are those of a group, which may have several blocks.
     first_bit = 0 if task.labels == "dense" else lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS))
     if task.labels == "sparse":
-        ids = inputs.labels
-        inputs = inputs._replace(labels=scratch.words)
+        of_block = functools.partial(pack_tile, first=j * tiling.classes, classes=GROUP)
+
+        def make_words(_: str, ids: Any, words: Any) -> None:
+            if words is not None:
+                _pack(ids, words, _quotient(groups * group + (LANES - 1), LANES), of_block)
+
+        all_ids = inputs
 
         @pl.when(lax.rem(j, jnp.int32(tiling.blocks_of_words)) == 0)
         def _words():
-            tiles = _quotient(groups * group + (LANES - 1), LANES)
-            _pack(ids, scratch.words, tiles, functools.partial(pack_tile, first=j * tiling.classes, classes=GROUP))
+            all_ids.map(make_words, scratch.words)
+
+        inputs = inputs.map(lambda _, ref, words: ref if words is None else words, scratch.words)
 
     def convert(_: str, ref: Any, converted: Any) -> Any:
         """XLA's conversion runs where the block is read, which has to be at a fixed place."""
@@ -299,7 +304,7 @@ def _kernel(
         part = tiling.lying(rows_of(g), classes_of(c))
 
         def load(name: str, ref: Any, spread: Any) -> Array:
-            if name == "labels" and task.labels != "dense":
+            if name in ENCODED and task.labels != "dense":
                 blocks = chunk // LANES
                 return unpack_tile(ref[rows_of(g), :], first_bit + c * blocks, blocks)
             if spread is not None:

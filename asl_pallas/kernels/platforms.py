@@ -58,6 +58,19 @@ class _OfLeaves:
         like, functions = self.code(asked)
         return self._of_leaves(like), {name: self._of_leaves(function) for name, function in functions.items()}
 
+    def merged(self, leaves: list[Any], mapped: list[bool]) -> tuple[list[Any], _OfLeaves] | None:
+        """One call for all that vmap maps over, where the code knows how: its results lie along their first dimension.
+
+        Mapped leaves have the mapped dimension in front.
+        """
+        merge = getattr(self.code, "merged", None)
+        merged = merge and merge(jax.tree.unflatten(self.tree, leaves), jax.tree.unflatten(self.tree, mapped))
+        if not merged:
+            return None
+        operands, code = merged
+        leaves, tree = jax.tree.flatten(operands)
+        return leaves, _OfLeaves(code, tree)
+
     def _of_leaves(self, function: Callable[[Any], Any]) -> Callable[..., list[Any]]:
         return lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(self.tree, leaves)))
 
@@ -88,8 +101,16 @@ class _Batched:
 
 def _batch(leaves, dims, *, code, asked):
     moved = [leaf if dim is None else jnp.moveaxis(leaf, dim, 0) for leaf, dim in zip(leaves, dims, strict=True)]
-    batched = _Batched(code, tuple(None if dim is None else 0 for dim in dims))
-    found = _by_platform_p.bind(*moved, code=batched, asked=asked)
+    mapped = [dim is not None for dim in dims]
+    merged = code.merged(moved, mapped) if isinstance(code, _OfLeaves) else None
+    if merged is not None:
+        size = next(leaf.shape[0] for leaf, is_mapped in zip(moved, mapped, strict=True) if is_mapped)
+        merged_leaves, merged_code = merged
+        found = _by_platform_p.bind(*merged_leaves, code=merged_code, asked=asked)
+        found = [result.reshape(size, result.shape[0] // size, *result.shape[1:]) for result in found]
+    else:
+        batched = _Batched(code, tuple(0 if is_mapped else None for is_mapped in mapped))
+        found = _by_platform_p.bind(*moved, code=batched, asked=asked)
     return found, (0,) * len(found)
 
 

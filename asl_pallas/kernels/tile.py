@@ -28,6 +28,7 @@ class Operands(NamedTuple):
 
     logits: (rows, classes).
     labels: (rows, classes), or in the task's other forms (rows, words) or (rows, k).
+    negatives: with labels in another form that have a third state, the annotated negatives in the same form.
     where, weights, pos_weight: (rows, classes), (1, classes) or (rows, 1).
     cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
     rounded to the logits' dtype.
@@ -43,6 +44,7 @@ class Operands(NamedTuple):
     weights: Any = None
     pos_weight: Any = None
     cotangent: Any = None
+    negatives: Any = None
     vectors: tuple[Any, ...] = ()
     scalars: Any = None
 
@@ -66,7 +68,9 @@ class Operands(NamedTuple):
         return found
 
 
-_BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent")
+_BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
+# Operands that are words or ids where the task's labels aren't dense.
+ENCODED = ("labels", "negatives")
 
 
 class Result(NamedTuple):
@@ -112,7 +116,7 @@ class Task:
         if self.is_soft(tile.labels.dtype):
             tile = _without_left_out(tile._replace(labels=labels), keep, ops)
             return self._weighted(self._mixed(loss, x, tile, ops), tile, keep)
-        label = self._label_of(labels)
+        label = self._label_of(labels, tile.negatives)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
         if tile.pos_weight is not None:
@@ -183,8 +187,11 @@ class Task:
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
-    def _label_of(self, labels: Array) -> Label:
+    def _label_of(self, labels: Array, negatives: Array | None) -> Label:
         """Of hard labels, and of soft ones that aren't mixed."""
+        if negatives is not None:
+            positive = _is_positive(labels)
+            return Label(positive, jnp.logical_not(jnp.logical_or(positive, _is_positive(negatives))))
         if jnp.issubdtype(labels.dtype, jnp.floating):
             return Label(labels > 0.0, target=_between_0_and_1(labels))
         third = self.loss.third_state

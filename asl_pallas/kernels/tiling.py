@@ -17,7 +17,7 @@ from typing import Any
 
 from asl_pallas.bits import GROUP
 from asl_pallas.kernels.platforms import tpu_generation
-from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Task, compute_dtype
 
 LANES = 128
 SUBLANES = 8
@@ -176,7 +176,7 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     full = [
         operand
         for name, operand in operands.arrays()
-        if operand.shape == (rows, classes) and (name != "labels" or task.labels == "dense")
+        if operand.shape == (rows, classes) and (name not in ENCODED or task.labels == "dense")
     ]
     element_bytes = sum(operand.dtype.itemsize for operand in full)
     if task.gradient:
@@ -216,9 +216,10 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         block_classes = 1 << (block_classes.bit_length() - 1)
     row_bytes = 2 * element_bytes * block_classes
     if task.labels == "packed":
-        row_bytes += 2 * LANES * 4  # a group's words
+        row_bytes += 2 * LANES * 4 * (1 + (operands.negatives is not None))  # a group's words
     if task.labels == "sparse":
-        row_bytes += 2 * tpu_ids(operands.labels.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
+        for ids in filter(lambda ids: ids is not None, (operands.labels, operands.negatives)):
+            row_bytes += 2 * tpu_ids(ids.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
     block_rows = max(block_bytes // row_bytes // least * least, least)
     return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk, False, cut)
 
@@ -343,7 +344,7 @@ def cpu_tiling(rows: int, classes: int) -> CpuTiling | None:
 def head_chunk(rows: int, classes: int) -> int:
     """Classes of a linear head at a time: logits and gradient in float32 are what has to fit."""
     chunk = _HEAD_CLASSES
-    while chunk > LANES and 4 * rows * chunk > _HEAD_BYTES:
+    while isinstance(rows, int) and chunk > LANES and 4 * rows * chunk > _HEAD_BYTES:
         chunk //= 2
     return min(chunk, max(1, classes))
 

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 from asl_pallas.losses.base import EXACT, Ops
@@ -78,15 +78,20 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     ops = dataclasses.replace(EXACT if interpret else _GPU, signed_per_element=task.needs_elements(operands))
     whole = _stores_whole_vectors(task, operands)
 
-    if task.labels == "sparse" and operands.labels.shape[1] == 0:
-        operands = operands._replace(labels=jnp.full((rows, 1), PADDING, jnp.int32))
+    if task.labels == "sparse":
+
+        def at_least_one(name: str, array: Array) -> Array:
+            is_empty = name in ENCODED and array.shape[1] == 0
+            return jnp.full((rows, 1), PADDING, jnp.int32) if is_empty else array
+
+        operands = operands.map(at_least_one)
 
     def flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (rows * classes,) if flat and shape == (rows, classes) else shape
 
     def in_memory(name: str, array: Array) -> Array:
         # As many ids as classes, say, are no labels per element.
-        return array if name == "labels" and task.labels != "dense" else array.reshape(flattened(array.shape))
+        return array if name in ENCODED and task.labels != "dense" else array.reshape(flattened(array.shape))
 
     results = Result(None, None)
     if task.value is not None:
@@ -171,10 +176,12 @@ def _kernel(
         scalars = inputs.scalars
         inputs = inputs._replace(scalars=tuple(scalars[n] for n in range(scalars.shape[0])))
 
-    encoded_labels = None
+    decoders: dict[str, Callable[..., Array]] = {}
     if task.labels != "dense":
         form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
-        encoded_labels = form(inputs.labels, tiling, i * tiling.rows, row_exists, before)
+        for name in ENCODED:
+            if (ref := getattr(inputs, name)) is not None:
+                decoders[name] = form(ref, tiling, i * tiling.rows, row_exists, before)
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
@@ -207,8 +214,8 @@ def _kernel(
             return index, None if mask is None else jnp.broadcast_to(mask, tile)
 
         def load(name, ref):
-            if name == "labels" and encoded_labels is not None:
-                return encoded_labels(c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
+            if name in decoders:
+                return decoders[name](c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
             index, mask = place(ref, stored=False)
             other = None if mask is None else jnp.zeros((), ref.dtype)
             return plgpu.load(ref.at[index], mask=mask, other=other)

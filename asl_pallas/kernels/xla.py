@@ -11,7 +11,7 @@ from jax import Array, lax
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 from asl_pallas.losses.base import EXACT, Ops
@@ -22,7 +22,8 @@ _UNPACKED = 1024  # classes
 
 def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
-    operands = operands._replace(labels=positives(task.labels, operands.labels, operands.logits.shape[-1]))
+    classes = operands.logits.shape[-1]
+    operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
     value, gradient = task.evaluate(operands, ops=ops)
     if task.value == "rows":
         value = sum_over(value, (value.ndim - 1,))
@@ -42,8 +43,9 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     tiling = cpu_tiling(*operands.logits.shape)
     if task.labels == "sparse":
         # Words are a thirty-second of the logits, and would be made twice otherwise.
-        words = pack_ids(operands.labels, operands.logits.shape[-1])
-        task, operands = dataclasses.replace(task, labels="packed"), operands._replace(labels=words)
+        classes = operands.logits.shape[-1]
+        operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)
+        task = dataclasses.replace(task, labels="packed")
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
     if tiling is None or (one_result and not packed):
@@ -97,17 +99,21 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         column = least(j * tiling.classes, classes - tiling.classes)
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands, row))
-        labels = None
-        if packed:
-            words = lax.dynamic_slice(arrays.labels, (row, 0), (tiling.rows, operands.labels.shape[1]))
+
+        def unpacked(words: Array) -> Array:
+            words = lax.dynamic_slice(words, (row, 0), (tiling.rows, words.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
-            labels = _unpacked(words, tiling.classes)
+            return _unpacked(words, tiling.classes)
+
+        in_cache = {}
+        if packed:
+            in_cache = {name: unpacked(words) for name, words in arrays.arrays() if name in ENCODED}
 
         def evaluate(start: int, columns: int) -> Result:
             def part(name: str, array: Array) -> Array:
-                if labels is not None and name == "labels":
-                    return at(labels, 0, start, columns)
+                if name in in_cache:
+                    return at(in_cache[name], 0, start, columns)
                 return at(array, row, column + start, columns)
 
             return by_element.evaluate(arrays.map(part), ops=ops)
