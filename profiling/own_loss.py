@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -33,11 +34,12 @@ ROWS, CLASSES = 4096, 8192
 FACTOR, PLUS = 1.5, 1e-6
 
 _SCRIPT = """
-import sys
+import os, sys
+target, name, path = sys.argv[1:]
+sys.path[:0] = path.split(os.pathsep)
 import jax
 from asl_pallas import multilabel_loss
 from profiling import own_loss, targets
-target, name = sys.argv[1:]
 loss = own_loss.find(name)
 step = jax.value_and_grad(lambda x, y: multilabel_loss(loss, x, y, implementation="mosaic_tpu").sum())
 targets.compile_for(target, step, *own_loss.shapes())
@@ -125,7 +127,7 @@ def cost(name: str, target: str) -> Cost:
     loss = find(name)
     task, operands = Task(loss, "rows", True), Operands(*shapes())
     cycles, spills = 0.0, 0
-    for one in targets.schedules(target, _SCRIPT, target, name):
+    for one in targets.schedules(target, _SCRIPT, target, name, os.pathsep.join(filter(None, sys.path))):
         turns = schedule.turns_of(one, target, task, operands)
         if turns is None:
             raise RuntimeError(f"{one.name} has loops whose turns nothing tells")

@@ -254,7 +254,7 @@ def test_a_loss_of_ones_own_is_a_class_with_a_value(implementation):
         np.testing.assert_allclose(value, np.square(off).sum(-1), rtol=1e-5)
         np.testing.assert_allclose(slope, 2 * off * ct[:, None], rtol=1e-5, atol=1e-5)
     features, kernel = np.float32(np.random.default_rng(0).normal(size=(9, 4))), np.float32(np.eye(4, 150))
-    head = linear_multilabel_loss(Squared(margin), features, kernel, y, chunk_size=64)
+    head = linear_multilabel_loss(Squared(margin), features, kernel, y, chunk_size=64, precision="highest")
     expected = np.square(features @ kernel - np.where(y > 0, margin, -margin)).sum(-1)
     np.testing.assert_allclose(head, expected, rtol=1e-5)
 

@@ -197,7 +197,7 @@ class Task:
         third = self.loss.third_state
         if third is None or labels.dtype == jnp.bool_:
             return Label(_is_positive(labels))
-        unannotated = jnp.logical_not(is_annotated(labels, third))
+        unannotated = labels == np.asarray(third).astype(labels.dtype)[()]
         positive = _is_positive(labels)
         return Label(jnp.logical_and(positive, labels == 1) if third > 0 else positive, unannotated)
 
