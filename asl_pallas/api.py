@@ -1,22 +1,21 @@
-"""The public functions of logits, their axis and their derivative rules."""
+"""The public functions of logits, and how they are carried out."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, kernels, residuals, sharding
-from asl_pallas.forward_mode import reverse_mode_only
+from asl_pallas import arguments, call, kernels, sharding, vjp
 from asl_pallas.kernels.summation import sum_over
-from asl_pallas.kernels.tile import Form, Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
@@ -211,134 +210,69 @@ def sigmoid_asymmetric_loss(
     return asymmetric_loss(logits, labels, gamma_neg=gamma_neg, gamma_pos=gamma_pos, clip=clip, axis=())
 
 
-def _multilabel_loss(function: str, loss: Any, logits: Any, labels: Any, **options: Any) -> Array:
+def _multilabel_loss(
+    function: str, loss: Any, logits: Any, labels: Any, *, logits_spec: PartitionSpec | None, **options: Any
+) -> Array:
     x = arguments.check_logits(logits)
-    axes = arguments.check_axis(options["axis"], x.ndim)
-    where = options["where"]
-    mask = arguments.check_where(where, x, axes)
-    ignore = arguments.check_ignore_label(options["ignore_label"])
-    checked = arguments.check_loss(loss, x, axes)
-    checked_labels = arguments.check_labels(labels, x, where, ignore, checked.static)
-    call = _Call(
+    checked = call.check(loss, x, labels, **options)
+    execution = _Execution(
         function=function,
-        loss=checked.static,
-        axes=axes,
-        labels=checked_labels.form,
-        ignore_label=ignore,
-        label_smoothing=arguments.check_label_smoothing(options["label_smoothing"], checked.static),
-        implementation=arguments.check_implementation(options["implementation"]),
-        interpret=kernels.interpreting(),
-        donate_logits=arguments.check_flag("donate_logits", options["donate_logits"]),
-        logits_spec=arguments.check_spec("logits", options["logits_spec"], x.ndim),
-    )
-    arrays = _Arrays(
-        logits=x,
-        labels=checked_labels.labels,
-        negatives=checked_labels.negatives,
-        where=mask,
-        weights=arguments.check_weights("weights", options["weights"], x, axes),
-        pos_weight=arguments.check_weights("pos_weight", options["pos_weight"], x, axes),
-        vectors=checked.vectors,
-        scalars=checked.scalars,
-    )
-    return _compiled(call, arguments.constants(arrays, x), arrays)
-
-
-class _Arrays(NamedTuple):
-    """The arrays of a call as they came, any number of leading dimensions."""
-
-    logits: Array
-    labels: Array
-    negatives: Array | None
-    where: Array | None
-    weights: Array | None
-    pos_weight: Array | None
-    vectors: tuple[Array, ...]
-    scalars: tuple[Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """All that is known of a call before it is traced."""
-
-    function: str
-    loss: ElementwiseLoss
-    axes: tuple[int, ...]
-    labels: Form
-    ignore_label: int | None
-    label_smoothing: float
-    implementation: str | None
-    interpret: bool
-    donate_logits: bool
-    logits_spec: PartitionSpec | None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _compiled(call: _Call, constants: tuple[str, ...], arrays: _Arrays) -> Array:
-    *leading, classes = arrays.logits.shape
-    ndim = len(leading) + 1
-    dtype = compute_dtype(arrays.logits.dtype)
-
-    def ranked(array: Array) -> Array:
-        """With the logits' rank, and along the classes constant or whole."""
-        array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
-        return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
-
-    arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
-    hyperparameters = {"vectors": arrays.vectors, "scalars": arrays.scalars}
-    arrays = reverse_mode_only(call.function, arrays._replace(vectors=(), scalars=()))._replace(**hyperparameters)
-    operands = Operands(
-        logits=arrays.logits,
-        labels=arrays.labels,
-        negatives=arrays.negatives,
-        where=None if arrays.where is None else ranked(arrays.where),
-        weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
-        pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
-        vectors=tuple(ranked(vector.astype(dtype)) for vector in arrays.vectors),
-        scalars=jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars]) if arrays.scalars else None,
-    )
-    sums_classes = ndim - 1 in call.axes
-    plan = _Plan(
-        function=call.function,
-        task=Task(
-            loss=call.loss,
-            value="rows" if sums_classes else "elements",
-            gradient=False,
-            ignore_label=call.ignore_label,
-            label_smoothing=call.label_smoothing,
-            donate_logits=call.donate_logits,
-            labels=call.labels,
-        ),
-        implementation=call.implementation,
-        interpret=call.interpret,
+        task=checked.task,
+        implementation=checked.implementation,
+        interpret=checked.interpret,
         layout=None,
-        leaves_out=arrays.where is not None or call.ignore_label is not None,
+        leaves_out=checked.arrays["where"] is not None or checked.task.ignore_label is not None,
     )
-    if call.axes and not sums_classes:
+    spec = arguments.check_spec("logits", logits_spec, x.ndim)
+    operands = Operands(logits=x, **checked.arrays)
+    return _compiled(execution, checked.axes, spec, arguments.constants(operands, x), operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _compiled(
+    execution: _Execution,
+    axes: tuple[int, ...],
+    logits_spec: PartitionSpec | None,
+    constants: tuple[str, ...],
+    operands: Operands,
+) -> Array:
+    operands = call.laid_out(execution.function, constants, operands, operands.logits.shape, operands.logits.dtype)
+    classes_axis = operands.logits.ndim - 1
+    if classes_axis not in axes:
+        execution = dataclasses.replace(execution, task=dataclasses.replace(execution.task, value="elements"))
+    if axes and classes_axis not in axes:
         # A sum over rows alone: a kernel would write every element's loss first; XLA doesn't, on a TPU.
-        if plan.implementation not in (None, "xla"):
+        if execution.implementation not in (None, "xla"):
             raise NotImplementedError(
-                f"implementation={plan.implementation!r} sums over the classes or not at all, and axis leaves them in; "
-                "'xla' serves every axis"
+                f"implementation={execution.implementation!r} sums over the classes or not at all, and axis leaves "
+                "them in; 'xla' serves every axis"
             )
-        plan = dataclasses.replace(plan, implementation="xla")
+        execution = dataclasses.replace(execution, implementation="xla")
     try:
-        plan = dataclasses.replace(plan, layout=sharding.layout_of(arrays.logits, call.logits_spec))
+        layout = sharding.layout_of(operands.logits, logits_spec)
+        execution = dataclasses.replace(execution, layout=layout)
     except sharding.CannotCutError as reason:
         # Right in any case, and XLA can partition it; a kernel it can't.
-        if plan.implementation != kernels.PLAIN:
-            warnings.warn(f"{reason}; {call.function} leaves the formula to XLA", stacklevel=3)
-        plan = plan.plain()
-    if plan.implementation not in (None, kernels.PLAIN):
-        on_a_device = sharding.shard_of(plan.task, operands, plan.layout)
-        if refusal := kernels.refusal(plan.implementation, on_a_device, call.labels):
-            raise NotImplementedError(f"implementation={plan.implementation!r} can't serve this call: {refusal}")
+        if execution.implementation != kernels.PLAIN:
+            warnings.warn(f"{reason}; {execution.function} leaves the formula to XLA", stacklevel=3)
+        execution = execution.plain()
+    if execution.implementation not in (None, kernels.PLAIN):
+        on_a_device = sharding.shard_of(execution.task, operands, execution.layout)
+        if refusal := kernels.refusal(execution.implementation, on_a_device, execution.task.labels):
+            raise NotImplementedError(f"implementation={execution.implementation!r} can't serve this call: {refusal}")
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    return sum_over(_loss(plan, vary_alike(operands)), tuple(axis for axis in call.axes if axis != ndim - 1))
+    losses = vjp.loss(execution, vary_alike(operands))
+    return sum_over(losses, tuple(axis for axis in axes if axis != classes_axis))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Execution:
+    """How a loss of logits is carried out; `vjp.Execution` says what the methods are.
+
+    Attributes:
+      leaves_out: whether any element may be masked.
+    """
+
     function: str
     task: Task
     implementation: str | None
@@ -346,79 +280,38 @@ class _Plan:
     layout: sharding.Layout | None
     leaves_out: bool
 
-    def wants(self, *, value: bool, gradient: bool) -> _Plan:
-        task = dataclasses.replace(self.task, value=self.task.value if value else None, gradient=gradient)
+    parameters: ClassVar[tuple[str, ...]] = ("logits",)
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        return self.task.loss.traced()
+
+    def asking_for(self, value: bool, gradients: tuple[str, ...]) -> _Execution:
+        task = dataclasses.replace(self.task, value=self.task.value if value else None, gradient=bool(gradients))
         return dataclasses.replace(self, task=task)
 
-    def plain(self) -> _Plan:
+    def plain(self) -> _Execution:
         return dataclasses.replace(self, implementation=kernels.PLAIN)
 
-
-def _evaluate(plan: _Plan, operands: Operands) -> Result:
-    run = functools.partial(kernels.run, plan.task, implementation=plan.implementation, interpret=plan.interpret)
-    return run(operands) if plan.layout is None else sharding.on_shards(run, plan.task, operands, plan.layout)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run(plan: _Plan, operands: Operands) -> Result:
-    return _evaluate(plan, operands)
-
-
-@_run.defjvp
-def _run_jvp(plan: _Plan, primals, tangents):
-    """Second derivatives, and first ones that no kernel gives: autodiff of the formula in plain jnp."""
-    _, tangents_out = jax.jvp(functools.partial(_evaluate, plan.plain()), primals, tangents)
-    return _run(plan, *primals), tangents_out
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(plan: _Plan, operands: Operands) -> Array:
-    return _run(plan, operands).value
-
-
-def _loss_forward(plan: _Plan, operands: Operands):
-    """One pass gives loss and gradient, and the gradient, in the logits' dtype, is all that is kept.
-
-    float16 is the exception: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came.
-    """
-    perturbed, operands = residuals.perturbed(operands)
-    one_pass = "logits" in perturbed and operands.logits.dtype != jnp.float16
-    result = _run(plan.wants(value=True, gradient=one_pass), operands)
-    gradient = result.gradient if one_pass else residuals.absent(result.value)
-    keeps_operands = perturbed - {"logits"} or not one_pass
-    kept = operands if keeps_operands else jax.tree.map(residuals.absent, operands)
-    return result.value, (gradient, kept, residuals.as_array(perturbed, Operands._fields))
-
-
-def _loss_backward(plan: _Plan, kept, cotangent: Array):
-    gradient, operands = residuals.present(kept[:2])
-    perturbed = set(residuals.from_array(kept[2], Operands._fields))
-    if perturbed & {"vectors", "scalars"}:  # here, since JAX doesn't forget that a forward rule has raised
-        raise TypeError(
-            f"{plan.function} has no derivative with respect to {' or '.join(plan.task.loss.traced())}; wrap the "
-            "hyper-parameter in jax.lax.stop_gradient"
-        )
-    found: dict[str, Any] = dict.fromkeys(Operands._fields)
-    if "logits" in perturbed:
-        by_element = cotangent if plan.task.value == "elements" else cotangent[..., None]
-        if gradient is not None:
-            of_logits = (gradient.astype(cotangent.dtype) * by_element).astype(gradient.dtype)
-            if plan.leaves_out:
-                # Of what is left out it is 0 whatever the cotangent: where nothing counts, a mean's is infinite.
-                of_logits = jnp.where(gradient == 0, gradient, of_logits)
-            found["logits"] = of_logits
+    def evaluate(self, operands: Operands) -> vjp.Outputs:
+        run = functools.partial(kernels.run, self.task, implementation=self.implementation, interpret=self.interpret)
+        if self.layout is None:
+            value, gradient = run(operands)
         else:
-            scaled = operands._replace(cotangent=by_element)
-            found["logits"] = _run(plan.wants(value=False, gradient=True), scaled).gradient
-    others = {name: getattr(operands, name) for name in perturbed if name != "logits"}
-    if others:
+            value, gradient = sharding.on_shards(run, self.task, operands, self.layout)
+        return vjp.Outputs(value, {"logits": gradient} if self.task.gradient else {})
 
-        def value(others):
-            return _evaluate(plan.plain(), operands._replace(**others)).value
+    def gives_both(self, operands: Operands, wanted: tuple[str, ...]) -> bool:
+        """But for float16: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came."""
+        return operands.logits.dtype != jnp.float16
 
-        _, pull_back = jax.vjp(value, others)
-        found.update(pull_back(cotangent)[0])
-    return (Operands(**found),)
+    def times(self, gradient: Array, cotangent: Array) -> Array:
+        scaled = (gradient.astype(cotangent.dtype) * self._by_element(cotangent)).astype(gradient.dtype)
+        # Of what is masked it is 0 whatever the cotangent: where nothing counts, a mean's is infinite.
+        return jnp.where(gradient == 0, gradient, scaled) if self.leaves_out else scaled
 
+    def with_cotangent(self, operands: Operands, cotangent: Array) -> Operands:
+        return operands._replace(cotangent=self._by_element(cotangent))
 
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+    def _by_element(self, cotangent: Array) -> Array:
+        return cotangent if self.task.value == "elements" else cotangent[..., None]
