@@ -236,7 +236,9 @@ def _compiled(
     constants: tuple[str, ...],
     operands: Operands,
 ) -> Array:
-    operands = call.laid_out(execution.function, constants, operands, operands.logits.shape, operands.logits.dtype)
+    operands = call.laid_out(
+        execution.function, execution.task.loss, constants, operands, operands.logits.shape, operands.logits.dtype
+    )
     classes_axis = operands.logits.ndim - 1
     if classes_axis not in axes:
         execution = dataclasses.replace(execution, task=dataclasses.replace(execution.task, value="elements"))

@@ -19,7 +19,7 @@ from asl_pallas.kernels.tile import Form
 from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
-from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, hyperparameters
+from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, Label, hyperparameters
 from asl_pallas.partial_labels import PartialLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -248,6 +248,30 @@ def check_loss(loss: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int,
     except TypeError as error:
         raise TypeError(f"{loss!r} can't be hashed: {error}; expected numbers, arrays and hashable settings") from error
     return CheckedLoss(static, tuple(scalars), tuple(vectors))
+
+
+def check_value(loss: ElementwiseLoss, dtype: Any) -> None:
+    """A loss's value is an array like the logit, and so is its slope."""
+    shape = (2, 3)
+    places = loss.traced()
+    of_class = jax.ShapeDtypeStruct((1, shape[1]), dtype)
+    scalars = tuple(jax.ShapeDtypeStruct((), dtype) for name in places if getattr(loss, name) is TRACED)
+    vectors = (of_class,) * (len(places) - len(scalars))
+    masks = (jax.ShapeDtypeStruct(shape, bool),) * (1 if loss.states == 2 else 2)
+
+    def both(x: Array, masks: Any, scalars: Any, vectors: Any) -> Any:
+        return loss.bind(scalars, vectors).value_and_slope(x, Label(*masks))
+
+    found = jax.eval_shape(both, jax.ShapeDtypeStruct(shape, dtype), masks, scalars, vectors)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(f"value_and_slope of {type(loss).__name__} returns {found!r}; expected a pair of arrays")
+    for name, one in zip(("value", "slope"), found, strict=True):
+        if getattr(one, "shape", None) != shape or one.dtype != dtype:
+            what = f"{one.dtype.name}{list(one.shape)}" if hasattr(one, "dtype") else repr(one)
+            raise TypeError(
+                f"the {name} of {type(loss).__name__} is {what} for logits of {jnp.dtype(dtype).name}{list(shape)}; "
+                "expected their shape and dtype"
+            )
 
 
 def _check_hyperparameter(name: str, value: Any, bounds: Bounds) -> tuple[float | None, Array | None]:

@@ -11,6 +11,7 @@ from jax import Array, lax
 from asl_pallas import arguments, kernels
 from asl_pallas.forward_mode import reverse_mode_only
 from asl_pallas.kernels.tile import Task, compute_dtype
+from asl_pallas.losses import ElementwiseLoss
 
 
 class Checked(NamedTuple):
@@ -70,16 +71,20 @@ def check(
     return Checked(task, axes, arguments.check_implementation(implementation), kernels.interpreting(), arrays)
 
 
-def laid_out(function: str, constants: tuple[str, ...], arrays: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+def laid_out(
+    function: str, loss: ElementwiseLoss, constants: tuple[str, ...], arrays: Any, shape: tuple[int, ...], dtype: Any
+) -> Any:
     """The traced arrays of a call, a NamedTuple, as kernels take them.
 
     Args:
       function: whom the error of a forward-mode derivative names.
+      loss: whose value is looked at, for its shape and dtype.
       constants: the fields that are no inputs of the program that is traced.
       arrays: as the caller has them.
       shape, dtype: of the logits.
     """
     computed = compute_dtype(dtype)
+    arguments.check_value(loss, computed)
 
     def ranked(array: Array | None) -> Array | None:
         """With the logits' rank, and along the classes constant or whole."""

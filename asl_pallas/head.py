@@ -214,7 +214,9 @@ def _compiled(
     arrays: Arrays,
 ) -> Array:
     shape = (*arrays.features.shape[:-1], arrays.kernel.shape[1])
-    arrays = call.laid_out(execution.function, constants, arrays, shape, arrays.features.dtype)
+    arrays = call.laid_out(
+        execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
+    )
     layout = _layout_of(arrays.features, arrays.kernel, *specs, execution.function)
     if layout == "unknown":
         execution = execution.plain()

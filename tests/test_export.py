@@ -73,6 +73,7 @@ def test_a_mesh_of_cpus_in_context_is_no_hindrance():
     assert "__gpu$xla.gpu.triton" in text
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_symbolic_batch_goes_through_a_module_for_all_platforms(form):
     """Loss, gradient, head and top-k, called with batches of several sizes."""

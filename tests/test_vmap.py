@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import interpreted, labels_of, logits_of
@@ -38,6 +37,7 @@ LABELS = {
 }
 
 
+@pytest.mark.mostly_long(short=4)
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("form", LABELS)
 @pytest.mark.parametrize("platform", KERNELS)
@@ -51,6 +51,7 @@ def test_a_loss_of_one_example_is_the_kernel_of_the_batch(platform, form, gradie
     assert not calls(lowered(platform, step, x[0], alone), platform) or form != "dense"
 
 
+@pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("in_axis", [0, 1, 2])
 @pytest.mark.parametrize("platform", KERNELS)
 def test_so_are_nested_maps_over_any_axis(platform, in_axis):
@@ -72,6 +73,7 @@ IN_AXES: dict[str, tuple[Any, ...]] = {
 }
 
 
+@pytest.mark.mostly_long(short=8)
 @pytest.mark.parametrize("kernel", ["xla", "mosaic_tpu", "triton"])
 @pytest.mark.parametrize("rows", [None, 4])
 @pytest.mark.parametrize("axes", IN_AXES)

@@ -148,6 +148,16 @@ class _TaskCode:
             return plain, {"default": functools.partial(_kernel, self.implementation, part, interpret=True)}
         return plain, _functions(part, self.shapes, self.implementation, plain)
 
+    def explain(self, error: Exception) -> Exception:
+        """What a kernel says of a loss that it can't compile: ours can be, a user's own need not."""
+        if self.implementation == "xla" or isinstance(error, (NotImplementedError, TypeError)):
+            return error
+        first = next(iter(str(error).splitlines()), "")
+        return NotImplementedError(
+            f"Pallas can't lower {self.task.loss!r} into a kernel: {type(error).__name__}: {first[:300]}; "
+            "implementation='xla' computes any loss"
+        )
+
     def merged(self, operands: Operands, mapped: Operands) -> tuple[Operands, _TaskCode] | None:
         """Under vmap: the rows of all examples in one call, where nothing that has all classes must be copied for it.
 

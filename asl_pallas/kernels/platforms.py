@@ -6,6 +6,7 @@ module for several platforms (jax.export) it lowers each branch for all of them,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -117,6 +118,13 @@ def _batch(leaves, dims, *, code, asked):
 batching.primitive_batchers[_by_platform_p] = _batch
 
 
+def explained(error: Exception, code: Any) -> Exception:
+    """The error of a lowering, or what the code has to say about it."""
+    while not hasattr(code, "explain") and hasattr(code, "code"):
+        code = code.code
+    return code.explain(error) if hasattr(code, "explain") else error
+
+
 def _without_unused(used, equation):
     """jax.grad has no use for the loss, say: its code needs the gradient alone."""
     used = tuple(used)
@@ -142,11 +150,15 @@ def _lowering(platform: str) -> Callable[..., Any]:
 
     lower = mlir.lower_fun(run, multiple_results=True)
 
-    def rule(*context_and_leaves, **parameters):
-        if platform != "cuda":
-            return lower(*context_and_leaves, **parameters)
-        with quiet_triton(), some_cuda_device():
-            return lower(*context_and_leaves, **parameters)
+    def rule(*context_and_leaves, code, asked):
+        with contextlib.ExitStack() as stack:
+            if platform == "cuda":
+                stack.enter_context(quiet_triton())
+                stack.enter_context(some_cuda_device())
+            try:
+                return lower(*context_and_leaves, code=code, asked=asked)
+            except Exception as error:
+                raise explained(error, code) from error
 
     return rule
 
