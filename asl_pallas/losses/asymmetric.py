@@ -18,6 +18,7 @@ from asl_pallas.losses.base import (
     bounded_exp,
     hyperparameter,
     is_chain,
+    is_nothing,
     is_static,
     power,
     select,
@@ -183,7 +184,7 @@ class AsymmetricLoss(ElementwiseLoss):
     def _any_power(self, m: Array, positive: Array | bool) -> tuple[Array, Array, Array | float]:
         """m^gamma, m or a 1 where it is 0, and gamma."""
         gamma = select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
-        outside = m <= 0.0  # which a NaN is not
+        outside = is_nothing(m)
         base = jnp.where(outside, 1.0, m)
         return jnp.where(outside, 0.0, jnp.exp(gamma * jnp.log(base))), base, gamma
 

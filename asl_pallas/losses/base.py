@@ -270,15 +270,20 @@ def to_the(exponent: Hyperparameter, m: Array) -> Array | float:
     """m^exponent for m >= 0, 0 where m is 0 but for an exponent that is known to be 0."""
     if is_chain(exponent):
         return power(m, exponent)
-    outside = m <= 0.0  # which a NaN is not
+    outside = is_nothing(m)
     return jnp.where(outside, 0.0, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m))))
+
+
+def is_nothing(m: Array) -> Array:
+    """Whether m >= 0 is below the normal numbers, 1e-38 in float32: a GPU divides by 0 there. A NaN isn't."""
+    return m < float(jnp.finfo(m.dtype).tiny)
 
 
 def derived_power(exponent: Hyperparameter, m: Array, ops: Ops) -> Array | float:
     """The derivative of m^exponent in m; anything where m is 0."""
     if is_chain(exponent):
         return exponent * power(m, exponent - 1) if exponent else 0.0
-    return exponent * ops.quotient(jnp.asarray(to_the(exponent, m)), jnp.where(m <= 0.0, 1.0, m))
+    return exponent * ops.quotient(jnp.asarray(to_the(exponent, m)), jnp.where(is_nothing(m), 1.0, m))
 
 
 class WrongAnswer(NamedTuple):
