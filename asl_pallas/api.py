@@ -126,6 +126,7 @@ def asymmetric_loss(
     )
 
 
+@arguments.explains_foreign_names
 def multilabel_loss(
     loss: ElementwiseLoss,
     logits: ArrayLike,

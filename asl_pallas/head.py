@@ -111,6 +111,7 @@ def linear_asymmetric_loss(
     )
 
 
+@arguments.explains_foreign_names
 def linear_multilabel_loss(
     loss: ElementwiseLoss,
     features: ArrayLike,

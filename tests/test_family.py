@@ -494,3 +494,11 @@ def test_what_pallas_cannot_lower_names_the_way_out(platform, kernel):
 def test_the_examples_of_the_drop_in_run():
     found = doctest.testmod(api)
     assert found.attempted > 0 and found.failed == 0
+
+
+@pytest.mark.parametrize("name", ["gamma", "gamma_neg", "clip", "alpha"])
+def test_a_hyper_parameter_beside_the_object_is_told_where_it_goes(name):
+    x, y = np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int8)
+    wrong: dict[str, Any] = {name: 2.0}
+    with pytest.raises(TypeError, match=f"multilabel_loss has no argument '{name}'; write it at the loss object"):
+        multilabel_loss(FocalLoss(), x, y, **wrong)
