@@ -25,7 +25,7 @@ from asl_pallas.partial_labels import PartialLabels
 @arguments.explains_foreign_names
 def asymmetric_loss(
     logits: ArrayLike,
-    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
+    labels: ArrayLike | PackedLabels | SparseLabels,
     *,
     gamma_neg: ArrayLike = 4.0,
     gamma_pos: ArrayLike = 1.0,
@@ -149,8 +149,11 @@ def multilabel_loss(
 
     Args:
       loss: a loss object, `AsymmetricLoss()` say, or one of your own. A hyper-parameter that is a Python number is
-        compiled in; one that is a scalar array is an operand, so that one compilation serves a schedule.
-      logits, labels, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
+        compiled in. One that is an array is an operand: a scalar, so that one compilation serves a schedule, or
+        broadcastable to the logits, (classes,) for a value per class.
+      labels: as in `asymmetric_loss`. For a loss with three states also integers of which one means not annotated
+        (`SelectiveLoss` says which), or `PartialLabels`.
+      logits, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
         implementation: as in `asymmetric_loss`.
 
     Returns:

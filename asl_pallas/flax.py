@@ -21,6 +21,7 @@ from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss, line
 from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import ElementwiseLoss
+from asl_pallas.partial_labels import PartialLabels
 
 Initializer = Any
 _kernel_init = nnx.initializers.lecun_normal()
@@ -150,7 +151,9 @@ class MultilabelHead(nnx.Module):
         )
         return logits if bias is None else logits + bias.astype(dtype)
 
-    def loss(self, features: ArrayLike, labels: ArrayLike | PackedLabels | SparseLabels, **options: Any) -> Array:
+    def loss(
+        self, features: ArrayLike, labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels, **options: Any
+    ) -> Array:
         """`linear_multilabel_loss` of this head's loss object, or without one `linear_asymmetric_loss`.
 
         Those say what the options are.

@@ -29,7 +29,7 @@ from asl_pallas.sharding import CannotCutError
 def linear_asymmetric_loss(
     features: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
+    labels: ArrayLike | PackedLabels | SparseLabels,
     *,
     bias: ArrayLike | None = None,
     chunk_size: int | None = None,
