@@ -159,10 +159,10 @@ class MultilabelHead(nnx.Module):
         Those say what the options are.
         """
         x, kernel, bias = self._parts(features)
-        own = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
-        if self.loss_object is None:
-            return linear_asymmetric_loss(x, kernel, labels, **(own | options))
-        return linear_multilabel_loss(self.loss_object, x, kernel, labels, **(own | options))
+        own: dict[str, Any] = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
+        if self.loss_object is not None:
+            return linear_multilabel_loss(self.loss_object, x, kernel, labels, **(own | options))
+        return linear_asymmetric_loss(x, kernel, labels, **(own | options))  # type: ignore[arg-type]
 
     def top_k(self, features: ArrayLike, k: int, **options: Any) -> tuple[Array, Array]:
         """Scores and ids of the best k labels of each example: `linear_top_k` of this head."""
