@@ -118,7 +118,7 @@ def _batch(leaves, dims, *, code, asked):
 batching.primitive_batchers[_by_platform_p] = _batch
 
 
-def explained(error: Exception, code: Any) -> Exception:
+def _explained(error: Exception, code: Any) -> Exception:
     """The error of a lowering, or what the code has to say about it."""
     while not hasattr(code, "explain") and hasattr(code, "code"):
         code = code.code
@@ -158,7 +158,10 @@ def _lowering(platform: str) -> Callable[..., Any]:
             try:
                 return lower(*context_and_leaves, code=code, asked=asked)
             except Exception as error:
-                raise explained(error, code) from error
+                said = _explained(error, code)
+                if said is error:  # which must not become its own cause
+                    raise
+                raise said from error
 
     return rule
 
