@@ -205,8 +205,10 @@ def sigmoid_asymmetric_loss(
       >>> from asl_pallas import sigmoid_asymmetric_loss
       >>> logits = jnp.array([[2.0, -1.0, 0.5], [-3.0, 0.0, 4.0]])
       >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-      >>> sigmoid_asymmetric_loss(logits, labels).round(4).tolist()
-      [[0.0151, 0.0006, 0.0915], [0.0, 0.3466, 0.0003]]
+      >>> for row in sigmoid_asymmetric_loss(logits, labels):
+      ...     print(*(f"{loss:.4f}" for loss in row))
+      0.0151 0.0006 0.0913
+      0.0000 0.3466 0.0003
 
     Reference:
       https://arxiv.org/abs/2009.14119, equations (4) to (7).

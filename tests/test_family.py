@@ -488,7 +488,7 @@ def test_what_pallas_cannot_lower_names_the_way_out(platform, kernel):
     with pytest.raises(NotImplementedError, match=r"implementation='xla' computes any loss|nimplemented"):
         traced.lower(lowering_platforms=(platform,))
     x, y, _ = inputs()
-    np.testing.assert_allclose(multilabel_loss(Sorted(), x, y, implementation="xla"), np.sum(x, -1), rtol=1e-5)
+    np.testing.assert_allclose(multilabel_loss(Sorted(), x, y, implementation="xla"), np.sum(x, -1), rtol=1e-3)
 
 
 def test_the_examples_of_the_drop_in_run():

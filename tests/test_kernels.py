@@ -143,9 +143,8 @@ def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, mon
     logits = jnp.asarray(random.normal(0, 4, shape), jnp.float32)
     labels = jnp.asarray(random.integers(-1, 2, shape), jnp.int8)
     per_row, per_class, each = (jnp.asarray(random.random(s), jnp.float32) for s in ((rows, 1), (1, classes), shape))
-    operands = Operands(
-        logits, labels, each > 0.1, per_row, per_class, each if value == "elements" else per_row, jnp.array([3.0])
-    )
+    cotangent = each if value == "elements" else per_row
+    operands = Operands(logits, labels, each > 0.1, per_row, per_class, cotangent, scalars=jnp.array([3.0]))
     task = Task(AsymmetricLoss(TRACED, 1.0, 0.05), value, True, ignore_label=-1)
     expected = xla.run(task, operands)
     for turned in (True, False):
