@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from asl_pallas import kernels
-from asl_pallas.formula import TRACED
 from asl_pallas.kernels.tile import Form
 from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, Label, hyperparameters
+from asl_pallas.partial_labels import PartialLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -40,6 +41,11 @@ _ELSEWHERE = {
     "ignore_index": "ignore_label=...",
     "sum_classes": "the loss is summed over the classes unless axis=() leaves the elements",
 }
+# Of functions that take a loss object, which has the hyper-parameters.
+_OF_OBJECTS = dict.fromkeys(
+    ("gamma", "alpha", "gamma_neg", "gamma_pos", "clip", "stop_focus_gradient", "disable_torch_grad_focal_loss"),
+    "it at the loss object, FocalLoss(gamma=2.0, alpha=0.25) or AsymmetricLoss(gamma_neg=4.0) say",
+)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -47,12 +53,13 @@ _R = TypeVar("_R")
 def explains_foreign_names(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """The function, which answers another library's name for an argument with what to write instead."""
     names = inspect.signature(function).parameters
+    elsewhere = _ELSEWHERE | (_OF_OBJECTS if "loss" in names else {})
 
     @functools.wraps(function)
     def explained(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for name in kwargs:
-            if name not in names and name in _ELSEWHERE:
-                raise TypeError(f"{function.__name__} has no argument {name!r}; write {_ELSEWHERE[name]}")
+            if name not in names and name in elsewhere:
+                raise TypeError(f"{function.__name__} has no argument {name!r}; write {elsewhere[name]}")
         return function(*args, **kwargs)
 
     return explained
@@ -133,10 +140,31 @@ def check_precision(precision: Any) -> Any:
     return precision
 
 
+class CheckedLabels(NamedTuple):
+    """How the labels are written, and their arrays: words, ids, or an element each."""
+
+    form: Form
+    labels: Array
+    negatives: Array | None = None
+
+
 def check_labels(
-    labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None
-) -> tuple[Form, Array]:
-    """Their form and their array: words, ids, or an element each."""
+    labels: Any, logits: Array | jax.ShapeDtypeStruct, where: Any, ignore_label: int | None, loss: ElementwiseLoss
+) -> CheckedLabels:
+    third = loss.third_state
+    if third is not None and third in (0, 1, ignore_label):
+        raise ValueError(
+            f"unannotated_label={third}; expected an integer that is no other label, so neither 0 nor 1"
+            + ("" if ignore_label is None else f" nor ignore_label={ignore_label}")
+        )
+    if isinstance(labels, PartialLabels):
+        if loss.states < 3:
+            raise TypeError(
+                f"labels are PartialLabels, and {type(loss).__name__} has no loss for what is not annotated; expected "
+                "a loss with three states, such as SelectiveLoss, or labels of two and where"
+            )
+        parts = [check_labels(part, logits, where, ignore_label, loss) for part in labels.checked().tree_flatten()[0]]
+        return CheckedLabels(parts[0].form, parts[0].labels, parts[1].labels)
     if isinstance(labels, (PackedLabels, SparseLabels)):
         if labels.shape != logits.shape:
             raise ValueError(
@@ -148,10 +176,10 @@ def check_labels(
                 "elements out with where"
             )
         if isinstance(labels, PackedLabels):
-            return "packed", jnp.asarray(labels.checked().words)
+            return CheckedLabels("packed", jnp.asarray(labels.checked().words))
         ids = jnp.asarray(labels.checked().ids)
         check_ids(ids, labels.classes)
-        return "sparse", ids
+        return CheckedLabels("sparse", ids)
     refuse_other_forms("labels", labels)
     labels, where = unwrap(labels), unwrap(where)
     array = _array("labels", labels)
@@ -161,20 +189,21 @@ def check_labels(
         like_ids = jnp.issubdtype(array.dtype, jnp.integer) and array.shape[:-1] == logits.shape[:-1]
         besides = "; ids of the positives go in as SparseLabels(ids, classes)" if like_ids else ""
         raise ValueError(f"labels have shape {array.shape}; expected the logits' shape {logits.shape}{besides}")
-    if ignore_label is not None and jnp.issubdtype(array.dtype, jnp.integer):
-        held = jnp.iinfo(array.dtype)
-        if not held.min <= ignore_label <= held.max:
-            raise ValueError(
-                f"ignore_label={ignore_label}, and labels have dtype {array.dtype.name}, which holds {held.min} to "
-                f"{held.max}: no label can be ignored; expected a number that the labels can hold"
-            )
+    for name, number in (("ignore_label", ignore_label), ("unannotated_label", third)):
+        if number is not None and jnp.issubdtype(array.dtype, jnp.integer):
+            held = jnp.iinfo(array.dtype)
+            if not held.min <= number <= held.max:
+                raise ValueError(
+                    f"{name}={number}, and labels have dtype {array.dtype.name}, which holds {held.min} to "
+                    f"{held.max}: no label can be it; expected a number that the labels can hold"
+                )
     if ignore_label is not None and _is_real(array.dtype):
         raise TypeError(
             f"ignore_label={ignore_label} needs integer labels and labels have dtype {array.dtype.name}; leave soft "
             "labels out with where"
         )
-    check_values(labels, where, ignore_label)
-    return "dense", array
+    check_values(labels, where, ignore_label, third)
+    return CheckedLabels("dense", array)
 
 
 def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> Array | None:
@@ -192,32 +221,99 @@ def check_weights(
     return None if weights is None else _broadcastable(name, _real(name, weights), logits.shape, axes)
 
 
-def check_hyperparameter(name: str, number: Any) -> tuple[float | None, Array | None]:
-    """(the number, None) where it is known in Python; (TRACED, the scalar) where JAX has it."""
-    number = unwrap(number)
-    below_one = name == "clip"
-    allowed = "0 <= clip < 1" if below_one else f"{name} >= 0 and finite"
-    if number is None and below_one:
-        raise TypeError(f"{name}=None; expected a real number or a traced scalar: clip=0 is no margin")
-    if isinstance(number, (bool, str, complex)) or number is None:
-        raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar")
-    if not isinstance(number, jax.Array):
+class CheckedLoss(NamedTuple):
+    """A loss that is hashable, and the arrays that `ElementwiseLoss.bind` fills in again."""
+
+    static: ElementwiseLoss
+    scalars: tuple[Array, ...]
+    vectors: tuple[Array, ...]
+
+
+def check_loss(loss: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> CheckedLoss:
+    if isinstance(loss, type) and issubclass(loss, ElementwiseLoss):
+        raise TypeError(f"loss is the class {loss.__name__}; expected an object of it: {loss.__name__}()")
+    if not isinstance(loss, ElementwiseLoss):
+        raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.AsymmetricLoss()")
+    if not dataclasses.is_dataclass(loss):
+        raise TypeError(f"{type(loss).__name__} is no dataclass; write @dataclasses.dataclass(frozen=True) above it")
+    changes: dict[str, Any] = {}
+    scalars, vectors = [], []
+    for name, value, bounds in hyperparameters(loss):
+        number, array = _check_hyperparameter(name, value, bounds)
+        if array is None:
+            changes[name] = number
+        elif array.size == 1 and array.ndim <= len(logits.shape):
+            changes[name] = TRACED
+            scalars.append(array.reshape(()))
+        else:
+            changes[name] = PER_CLASS
+            vectors.append(_broadcastable(name, array, logits.shape, axes))
+    static = loss.replaced(changes)
+    try:
+        hash(static)
+    except TypeError as error:
+        raise TypeError(f"{loss!r} can't be hashed: {error}; expected numbers, arrays and hashable settings") from error
+    return CheckedLoss(static, tuple(scalars), tuple(vectors))
+
+
+def check_value(loss: ElementwiseLoss, dtype: Any) -> None:
+    """A loss's value is an array like the logit, and so is its slope."""
+    shape = (2, 3)
+    places = loss.traced()
+    of_class = jax.ShapeDtypeStruct((1, shape[1]), dtype)
+    scalars = tuple(jax.ShapeDtypeStruct((), dtype) for name in places if getattr(loss, name) is TRACED)
+    vectors = (of_class,) * (len(places) - len(scalars))
+    masks = (jax.ShapeDtypeStruct(shape, bool),) * (1 if loss.states == 2 else 2)
+
+    def both(x: Array, masks: Any, scalars: Any, vectors: Any) -> Any:
+        return loss.bind(scalars, vectors).value_and_slope(x, Label(*masks))
+
+    found = jax.eval_shape(both, jax.ShapeDtypeStruct(shape, dtype), masks, scalars, vectors)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError(f"value_and_slope of {type(loss).__name__} returns {found!r}; expected a pair of arrays")
+    for name, one in zip(("value", "slope"), found, strict=True):
+        if getattr(one, "shape", None) != shape or one.dtype != dtype:
+            what = f"{one.dtype.name}{list(one.shape)}" if hasattr(one, "dtype") else repr(one)
+            raise TypeError(
+                f"the {name} of {type(loss).__name__} is {what} for logits of {jnp.dtype(dtype).name}{list(shape)}; "
+                "expected their shape and dtype"
+            )
+
+
+def _check_hyperparameter(name: str, value: Any, bounds: Bounds) -> tuple[float | None, Array | None]:
+    """(the number, None) where it is known in Python; (None, the array) where JAX has it or it has a dimension."""
+    value = unwrap(value)
+    expected = "a real number, a traced scalar or an array of one value per class"
+    if value is None and name == "clip":
+        raise TypeError(f"{name}=None; expected {expected}: clip=0 is no margin")
+    if isinstance(value, (bool, str, complex)) or value is None:
+        raise TypeError(f"{name}={value!r}; expected {expected}")
+    if isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected {expected}")
+    if not isinstance(value, jax.Array) and np.ndim(value) == 0:
         try:
-            known = float(number)
+            known = float(value)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{name}={number!r}; expected a real number or a traced scalar") from error
-        if not (0 <= known < (1 if below_one else math.inf)):
-            raise ValueError(f"{name}={number!r}; expected {allowed}")
+            raise TypeError(f"{name}={value!r}; expected {expected}") from error
+        if known not in bounds:
+            raise ValueError(f"{name}={value!r}; expected {bounds.sentence(name)}")
         return known, None
-    if number.shape != () or not (jnp.issubdtype(number.dtype, jnp.integer) or _is_real(number.dtype)):
-        raise TypeError(f"{name} is an array {number.dtype.name}{list(number.shape)}; expected a real scalar")
-    if not is_traced(number) and not (0 <= float(number) < (1 if below_one else math.inf)):
-        raise ValueError(f"{name}={float(number)}; expected {allowed}")
-    return TRACED, number
+    array = _array(name, value)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
+        raise TypeError(f"{name} is an array {array.dtype.name}{list(array.shape)}; expected {expected}")
+    if not is_traced(array):
+        outside = [float(number) for number in np.ravel(np.asarray(array, np.float64)) if float(number) not in bounds]
+        if outside and array.ndim == 0:
+            raise ValueError(f"{name}={outside[0]}; expected {bounds.sentence(name)}")
+        if outside:
+            raise ValueError(f"{name} has the value {outside[0]}; expected {bounds.sentence(name)}")
+    return None, array
 
 
-def check_label_smoothing(label_smoothing: Any) -> float:
+def check_label_smoothing(label_smoothing: Any, loss: ElementwiseLoss) -> float:
     number = _python_number("label_smoothing", label_smoothing)
+    if number and not (loss.mixes_soft_labels and loss.states == 2):
+        raise ValueError(f"label_smoothing={label_smoothing!r}; {type(loss).__name__} has none, expected 0")
     if not 0 <= number < 1:
         raise ValueError(f"label_smoothing={label_smoothing!r}; expected 0 <= label_smoothing < 1")
     return number

@@ -30,8 +30,8 @@ from asl_pallas.kernels.versions import vary_alike
 class Arrays(NamedTuple):
     """The arrays of a call, or one device's part of them; None where the call has none.
 
-    features: (..., d). kernel: (d, classes), where it lies whole. bias: (classes,). labels, where, weights,
-    pos_weight, scalars: as in `Operands`, with any number of leading dimensions. cotangent: (..., 1).
+    features: (..., d). kernel: (d, classes), where it lies whole. bias: (classes,). cotangent: (..., 1).
+    The others are as in `Operands`, with any number of leading dimensions.
     """
 
     features: Array
@@ -42,6 +42,8 @@ class Arrays(NamedTuple):
     weights: Array | None = None
     pos_weight: Array | None = None
     cotangent: Array | None = None
+    negatives: Any = None
+    vectors: tuple[Array, ...] = ()
     scalars: Any = None
 
 
@@ -100,12 +102,14 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         features = jnp.where(counts.any(-1, keepdims=True), features, jnp.zeros_like(features))
     features = features.reshape(math.prod(leading), depth)
     chunk = work.chunk or head_chunk(features.shape[0], classes)
-    operands = {name: getattr(arrays, name) for name in ("where", "weights", "pos_weight", "cotangent")}
+    around = Operands(
+        *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent), vectors=arrays.vectors
+    )
 
     def one(start: Any, size: int, found: Found) -> Found:
         kernel = _kernel_of(arrays.kernel, start, size, features.dtype, exchange)
         labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
-        where = operands["where"]
+        where = arrays.where
         where = _slice(where, start, size) if where is not None and where.shape[-1] == classes else where
         if (counts := _counts(task, where, labels)) is not None:
             of_classes = counts.any(tuple(range(len(leading))))
@@ -113,15 +117,15 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         logits = _product(features, kernel, (1, 0), dtype, work.precision)
         if arrays.bias is not None:
             logits = logits + _slice(arrays.bias, start, size).astype(dtype)[None]
-        tile = Operands(
-            logits=logits.reshape(*leading, size),
-            labels=labels,
-            scalars=arrays.scalars,
-            **{
-                name: o if o is None or o.shape[-1] != classes else _slice(o, start, size)
-                for name, o in operands.items()
-            },
-        )
+
+        def part(_: str, operand: Array) -> Array:
+            return _slice(operand, start, size) if operand.shape[-1] == classes else operand
+
+        negatives = arrays.negatives
+        if negatives is not None:
+            negatives = _labels_of(task.labels, negatives, start, size, chunk)
+        logits = logits.reshape(*leading, size)
+        tile = around.map(part)._replace(logits=logits, labels=labels, negatives=negatives, scalars=arrays.scalars)
         if work.implementation not in (None, kernels.PLAIN):
             reason = kernels.refusal(work.implementation, tile, task.labels)
             if reason is not None:

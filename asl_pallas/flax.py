@@ -17,9 +17,11 @@ except ImportError as error:
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from asl_pallas.head import linear_asymmetric_loss, linear_top_k
+from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss, linear_top_k
 from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.losses import ElementwiseLoss
+from asl_pallas.partial_labels import PartialLabels
 
 Initializer = Any
 _kernel_init = nnx.initializers.lecun_normal()
@@ -84,6 +86,8 @@ class MultilabelHead(nnx.Module):
     Args:
       in_features: d, the features' last dimension.
       classes: how many labels.
+      loss: what `loss` computes, a loss object such as `FocalLoss(gamma=2.0)`; None for `asymmetric_loss`, whose
+        hyper-parameters go in as its options.
       label_frequencies: (classes,), shares between 0 and 1; the bias starts at their logits, see `prior_logit_init`.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs, kernel_metadata, bias_metadata: as in
         `nnx.Linear`. dtype is that of the products: the features are cast to it, and the kernel chunk by chunk; None
@@ -92,6 +96,7 @@ class MultilabelHead(nnx.Module):
       chunk_size: classes at a time, as in `linear_asymmetric_loss`.
 
     Raises:
+      TypeError: a loss that is no loss object.
       ValueError: label_frequencies beside a bias_init, or without a bias.
     """
 
@@ -100,6 +105,7 @@ class MultilabelHead(nnx.Module):
         in_features: int,
         classes: int,
         *,
+        loss: ElementwiseLoss | None = None,
         label_frequencies: ArrayLike | None = None,
         use_bias: bool = True,
         dtype: Any = None,
@@ -125,6 +131,9 @@ class MultilabelHead(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (classes,), param_dtype), **bias_metadata)
         else:
             self.bias = nnx.data(None)
+        if loss is not None and not isinstance(loss, ElementwiseLoss):
+            raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.AsymmetricLoss()")
+        self.loss_object = nnx.data(loss) if jax.tree.leaves(loss) else loss
         self.in_features = in_features
         self.classes = classes
         self.dtype = dtype
@@ -142,11 +151,18 @@ class MultilabelHead(nnx.Module):
         )
         return logits if bias is None else logits + bias.astype(dtype)
 
-    def loss(self, features: ArrayLike, labels: ArrayLike | PackedLabels | SparseLabels, **options: Any) -> Array:
-        """`linear_asymmetric_loss` of this head, which says what the options are."""
+    def loss(
+        self, features: ArrayLike, labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels, **options: Any
+    ) -> Array:
+        """`linear_multilabel_loss` of this head's loss object, or without one `linear_asymmetric_loss`.
+
+        Those say what the options are.
+        """
         x, kernel, bias = self._parts(features)
-        own = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
-        return linear_asymmetric_loss(x, kernel, labels, **(own | options))
+        own: dict[str, Any] = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
+        if self.loss_object is not None:
+            return linear_multilabel_loss(self.loss_object, x, kernel, labels, **(own | options))
+        return linear_asymmetric_loss(x, kernel, labels, **(own | options))  # type: ignore[arg-type]
 
     def top_k(self, features: ArrayLike, k: int, **options: Any) -> tuple[Array, Array]:
         """Scores and ids of the best k labels of each example: `linear_top_k` of this head."""

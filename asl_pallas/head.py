@@ -5,24 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
-from jax.custom_derivatives import CustomVJPPrimal
+from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, chunks, head_sharding, kernels, residuals
-from asl_pallas.chunks import PARAMETERS, Arrays, Found, Work
-from asl_pallas.formula import AsymmetricLoss
-from asl_pallas.forward_mode import reverse_mode_only
+from asl_pallas import arguments, call, chunks, head_sharding, kernels, vjp
+from asl_pallas.chunks import PARAMETERS, Arrays, Work
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.summation import sum_over
-from asl_pallas.kernels.tile import Task, compute_dtype
+from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.kernels.versions import vary_alike
 from asl_pallas.labels import PackedLabels, SparseLabels
+from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
+from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
 
 
@@ -90,214 +89,200 @@ def linear_asymmetric_loss(
     Reference:
       The loss: https://arxiv.org/abs/2009.14119, equations (4) to (7).
     """
+    loss = AsymmetricLoss(gamma_neg, gamma_pos, clip, arguments.check_flag("stop_focus_gradient", stop_focus_gradient))
+    return _linear_loss(
+        "linear_asymmetric_loss",
+        loss,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        chunk_size=chunk_size,
+        axis=axis,
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        features_spec=features_spec,
+        kernel_spec=kernel_spec,
+        implementation=implementation,
+    )
+
+
+@arguments.explains_foreign_names
+def linear_multilabel_loss(
+    loss: ElementwiseLoss,
+    features: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
+    *,
+    bias: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    axis: int | tuple[int, ...] | None = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    ignore_label: int | None = None,
+    label_smoothing: float = 0.0,
+    precision: Any = None,
+    features_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+    implementation: str | None = None,
+) -> Array:
+    r"""`multilabel_loss(loss, features @ kernel + bias, labels)` without the logits.
+
+    Args:
+      loss: a loss object, as in `multilabel_loss`.
+      features, kernel, labels, bias, chunk_size, axis, precision, features_spec, kernel_spec, implementation: as in
+        `linear_asymmetric_loss`.
+      where, weights, pos_weight, ignore_label, label_smoothing: as in `multilabel_loss`.
+
+    Returns:
+      The loss, float32, or float64 for float64 features; see `linear_asymmetric_loss`.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
+        with respect to a hyper-parameter; a forward-mode derivative.
+      NotImplementedError: the implementation asked for by name can't serve the call or the platform.
+    """
+    return _linear_loss(
+        "linear_multilabel_loss",
+        loss,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        chunk_size=chunk_size,
+        axis=axis,
+        where=where,
+        weights=weights,
+        pos_weight=pos_weight,
+        ignore_label=ignore_label,
+        label_smoothing=label_smoothing,
+        precision=precision,
+        features_spec=features_spec,
+        kernel_spec=kernel_spec,
+        implementation=implementation,
+    )
+
+
+def _linear_loss(
+    function: str,
+    loss: Any,
+    features: Any,
+    kernel: Any,
+    labels: Any,
+    *,
+    bias: Any,
+    chunk_size: Any,
+    precision: Any,
+    features_spec: Any,
+    kernel_spec: Any,
+    **options: Any,
+) -> Array:
     x = arguments.check_features(features)
     w = arguments.check_kernel(kernel, x)
-    # What the checks of asymmetric_loss ask about the logits.
+    # What the checks of multilabel_loss ask about the logits.
     logits = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), compute_dtype(x.dtype))
-    axes = arguments.check_axis(axis, logits.ndim)
-    mask = arguments.check_where(where, logits, axes)
-    ignore = arguments.check_ignore_label(ignore_label)
-    known, traced = {}, []
-    for name, number in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos), ("clip", clip)):
-        known[name], scalar = arguments.check_hyperparameter(name, number)
-        if scalar is not None:
-            traced.append(scalar)
-    if logits.ndim - 1 not in axes:
+    checked = call.check(loss, logits, labels, **options)
+    if logits.ndim - 1 not in checked.axes:
         raise ValueError(
-            f"axis={axis!r} leaves the classes in, an array of the logits' size; expected -1, None or a tuple with the "
-            "classes' axis"
+            f"axis={options['axis']!r} leaves the classes in, an array of the logits' size; expected -1, None or a "
+            "tuple with the classes' axis"
         )
-    formula = AsymmetricLoss(
-        **known, stop_focus_gradient=arguments.check_flag("stop_focus_gradient", stop_focus_gradient)
-    )
-    form, label_array = arguments.check_labels(labels, logits, where, ignore)
-    call = _Call(
-        task=Task(
-            formula,
-            value="rows",
-            gradient=False,
-            labels=form,
-            ignore_label=ignore,
-            label_smoothing=arguments.check_label_smoothing(label_smoothing),
-        ),
-        axes=axes,
-        chunk_size=arguments.check_chunk_size(chunk_size),
-        precision=arguments.check_precision(precision),
-        implementation=arguments.check_implementation(implementation),
-        interpret=kernels.interpreting(),
-        features_spec=arguments.check_spec("features", features_spec, x.ndim),
-        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
-    )
-    arrays = Arrays(
-        features=x,
-        kernel=w,
-        bias=arguments.check_bias(bias, w),
-        labels=label_array,
-        where=mask,
-        weights=arguments.check_weights("weights", weights, logits, axes),
-        pos_weight=arguments.check_weights("pos_weight", pos_weight, logits, axes),
-        scalars=tuple(traced) or None,
-    )
-    return _linear_asymmetric_loss(call, arguments.constants(arrays, w), arrays)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """All that is known of a call before it is traced."""
-
-    task: Task
-    axes: tuple[int, ...]
-    chunk_size: int | None
-    precision: Any
-    implementation: str | None
-    interpret: bool
-    features_spec: PartitionSpec | None
-    kernel_spec: PartitionSpec | None
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _linear_asymmetric_loss(call: _Call, constants: tuple[str, ...], arrays: Arrays) -> Array:
-    *leading, _ = arrays.features.shape
-    classes = arrays.kernel.shape[1]
-    ndim = len(leading) + 1
-    dtype = compute_dtype(arrays.features.dtype)
-
-    def ranked(array: Array) -> Array:
-        """With the logits' rank, and along the classes constant or whole."""
-        array = array.reshape((1,) * (ndim - array.ndim) + array.shape)
-        return jnp.broadcast_to(array, (*array.shape[:-1], classes)) if array.size == 1 else array
-
-    arrays = arrays._replace(**{name: lax.optimization_barrier(getattr(arrays, name)) for name in constants})
-    scalars = None if arrays.scalars is None else jnp.stack([scalar.astype(dtype) for scalar in arrays.scalars])
-    arrays = reverse_mode_only("linear_asymmetric_loss", arrays._replace(scalars=None))
-    arrays = arrays._replace(
-        where=None if arrays.where is None else ranked(arrays.where),
-        weights=None if arrays.weights is None else ranked(arrays.weights.astype(dtype)),
-        pos_weight=None if arrays.pos_weight is None else ranked(arrays.pos_weight.astype(dtype)),
-        scalars=scalars,
-    )
     work = Work(
-        task=call.task,
+        task=checked.task,
         gradients=(),
-        chunk=call.chunk_size,
-        precision=call.precision,
-        implementation=call.implementation,
-        interpret=call.interpret,
+        chunk=arguments.check_chunk_size(chunk_size),
+        precision=arguments.check_precision(precision),
+        implementation=checked.implementation,
+        interpret=checked.interpret,
     )
-    plan = _Plan(work, total=call.axes == tuple(range(ndim)), layout=None)
-    layout = _layout_of(arrays.features, arrays.kernel, call.features_spec, call.kernel_spec, "linear_asymmetric_loss")
+    execution = _Execution(function, work, total=checked.axes == tuple(range(logits.ndim)), layout=None)
+    specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
+    arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
+    return _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _compiled(
+    execution: _Execution,
+    axes: tuple[int, ...],
+    specs: tuple[PartitionSpec | None, PartitionSpec | None],
+    constants: tuple[str, ...],
+    arrays: Arrays,
+) -> Array:
+    shape = (*arrays.features.shape[:-1], arrays.kernel.shape[1])
+    arrays = call.laid_out(
+        execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
+    )
+    layout = _layout_of(arrays.features, arrays.kernel, *specs, execution.function)
     if layout == "unknown":
-        plan = plan.plain()
+        execution = execution.plain()
     elif isinstance(layout, HeadLayout):
-        plan = dataclasses.replace(plan, layout=layout)
-        arrays = head_sharding.lay(arrays, call.task.labels, layout)
+        execution = dataclasses.replace(execution, layout=layout)
+        arrays = head_sharding.lay(arrays, execution.work.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    loss = _loss(plan, vary_alike(arrays))
-    return loss if plan.total else sum_over(loss, tuple(axis for axis in call.axes if axis != ndim - 1))
+    losses = vjp.loss(execution, vary_alike(arrays))
+    return losses if execution.total else sum_over(losses, tuple(axis for axis in axes if axis != len(shape) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is to be found; `total` sums over the examples as well."""
+class _Execution:
+    """How a head's loss is carried out; `vjp.Execution` says what the methods are.
 
+    Attributes:
+      total: the losses are summed over the examples as well.
+    """
+
+    function: str
     work: Work
     total: bool
     layout: HeadLayout | None
 
-    def wants(self, *, value: bool, gradients: tuple[str, ...]) -> _Plan:
+    parameters: ClassVar[tuple[str, ...]] = PARAMETERS
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        return self.work.task.loss.traced()
+
+    def asking_for(self, value: bool, gradients: tuple[str, ...]) -> _Execution:
         task = dataclasses.replace(self.work.task, value="rows" if value else None)
         return dataclasses.replace(self, work=dataclasses.replace(self.work, task=task, gradients=gradients))
 
-    def plain(self) -> _Plan:
+    def plain(self) -> _Execution:
         return dataclasses.replace(self, work=dataclasses.replace(self.work, implementation=kernels.PLAIN))
 
+    def evaluate(self, arrays: Arrays) -> vjp.Outputs:
+        if self.layout is None:
+            found = chunks.run(self.work, arrays)
+            if self.total and found.value is not None:
+                found = found._replace(value=sum_over(found.value, tuple(range(found.value.ndim))))
+        else:
+            found = head_sharding.on_shards(self.work, arrays, self.layout, self.total)
+        gradients = {name: getattr(found, name) for name in self.work.gradients}
+        if "features" in gradients:
+            gradients["features"] = gradients["features"].astype(arrays.features.dtype)
+        return vjp.Outputs(found.value, gradients)
 
-def _evaluate(plan: _Plan, arrays: Arrays) -> Found:
-    if plan.layout is None:
-        found = chunks.run(plan.work, arrays)
-        if plan.total and found.value is not None:
-            found = found._replace(value=sum_over(found.value, tuple(range(found.value.ndim))))
-    else:
-        found = head_sharding.on_shards(plan.work, arrays, plan.layout, plan.total)
-    if found.features is not None:
-        found = found._replace(features=found.features.astype(arrays.features.dtype))
-    return found
+    def gives_both(self, arrays: Arrays, wanted: tuple[str, ...]) -> bool:
+        """For the total alone: a loss per example has a cotangent per example, which belongs under the sum over them.
 
+        Nor float16 gradients, which could vanish before a loss scale came.
+        """
+        dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
+        return self.total and jnp.dtype(jnp.float16) not in dtypes
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run(plan: _Plan, arrays: Arrays) -> Found:
-    return _evaluate(plan, arrays)
+    def times(self, gradient: Array, cotangent: Array) -> Array:
+        return (gradient.astype(cotangent.dtype) * cotangent).astype(gradient.dtype)
 
-
-@_run.defjvp
-def _run_jvp(plan: _Plan, primals, tangents):
-    """Second derivatives: autodiff of the loop over the formula in plain jnp."""
-    _, tangents_out = jax.jvp(functools.partial(_evaluate, plan.plain()), primals, tangents)
-    return _run(plan, *primals), tangents_out
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(plan: _Plan, arrays: Arrays) -> Array:
-    return _run(plan, arrays).value
-
-
-def _loss_forward(plan: _Plan, arrays: Arrays):
-    """For the total one pass gives loss and gradients, and the gradients are all that is kept.
-
-    A loss an example has a cotangent an example, which belongs under the sum over the examples: that waits for it. So
-    do float16 gradients, which could vanish before a loss scale came.
-    """
-    perturbed = {
-        name
-        for name, array in arrays._asdict().items()
-        if any(leaf.perturbed for leaf in jax.tree.leaves(array, is_leaf=_is_primal))
-    }
-    arrays = jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=_is_primal)
-    wanted = tuple(name for name in PARAMETERS if name in perturbed)
-    dtypes = {getattr(arrays, name).dtype for name in ("features", *wanted)}
-    one_pass = plan.total and bool(wanted) and jnp.dtype(jnp.float16) not in dtypes
-    found = _run(plan.wants(value=True, gradients=wanted if one_pass else ()), arrays)
-    gradients = [residuals.absent(found.value) if gradient is None else gradient for gradient in found[1:]]
-    keeps_arrays = perturbed - set(PARAMETERS) or not one_pass
-    kept = arrays if keeps_arrays else jax.tree.map(residuals.absent, arrays)
-    return found.value, (Found(None, *gradients), kept, residuals.as_array(perturbed, Arrays._fields))
-
-
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, CustomVJPPrimal)
-
-
-def _loss_backward(plan: _Plan, kept, cotangent: Array):
-    found, arrays = residuals.present(kept[:2])
-    perturbed = residuals.from_array(kept[2], Arrays._fields)
-    if "scalars" in perturbed:  # here, since JAX doesn't forget that a forward rule has raised
-        names = " or ".join(plan.work.task.formula.traced())
-        raise TypeError(
-            f"linear_asymmetric_loss has no derivative with respect to {names}; wrap the hyper-parameter in "
-            "jax.lax.stop_gradient"
-        )
-    wanted = tuple(name for name in PARAMETERS if name in perturbed)
-    if wanted and all(gradient is None for gradient in found):
+    def with_cotangent(self, arrays: Arrays, cotangent: Array) -> Arrays:
         by_example = cotangent[..., None]
-        if plan.total:
+        if self.total:
             by_example = jnp.broadcast_to(cotangent, (*arrays.features.shape[:-1], 1))
-        found = _run(plan.wants(value=False, gradients=wanted), arrays._replace(cotangent=by_example))
-    elif wanted:
-        found = jax.tree.map(lambda g: (g.astype(cotangent.dtype) * cotangent).astype(g.dtype), found)
-    gradients: dict[str, Any] = dict.fromkeys(Arrays._fields)
-    gradients.update({name: getattr(found, name) for name in wanted})
-    others = {name: getattr(arrays, name) for name in perturbed if name not in PARAMETERS}
-    if others:
-
-        def value(others):
-            return _evaluate(plan.plain(), arrays._replace(**others)).value
-
-        _, pull_back = jax.vjp(value, others)
-        gradients.update(pull_back(cotangent)[0])
-    return (Arrays(**gradients),)
-
-
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+        return arrays._replace(cotangent=by_example)
 
 
 def linear_top_k(

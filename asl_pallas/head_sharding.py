@@ -22,7 +22,7 @@ from asl_pallas import chunks
 from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Work
 from asl_pallas.kernels.summation import sum_over
-from asl_pallas.kernels.tile import Form
+from asl_pallas.kernels.tile import ENCODED, Form
 from asl_pallas.kernels.versions import vary_as_operands
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 
@@ -95,10 +95,13 @@ def lay(arrays: Arrays, form: Form, layout: HeadLayout) -> Arrays:
     if AxisType.Explicit not in kinds_of(layout.mesh).values():
         return arrays
     specs = _specs(arrays, form, layout)._asdict()
-    laid: dict[str, Any] = {
-        name: a if a is None else _lay(a, specs[name], layout) for name, a in arrays._asdict().items()
-    }
-    return Arrays(**laid)
+
+    def lay_one(array: Any, spec: Any) -> Any:
+        if isinstance(array, tuple):
+            return tuple(map(lay_one, array, spec))
+        return None if array is None else _lay(array, spec, layout)
+
+    return Arrays(**{name: lay_one(array, specs[name]) for name, array in arrays._asdict().items()})
 
 
 def _lay(array: Array, spec: PartitionSpec, layout: HeadLayout) -> Array:
@@ -128,8 +131,10 @@ def _specs(arrays: Arrays, form: Form, layout: HeadLayout) -> Any:
     for name, array in arrays._asdict().items():
         if array is None:
             specs[name] = None
-        elif name == "labels":
+        elif name in ENCODED:
             specs[name] = like_logits(array, array.shape[-1] if _is_cut(form, classes, layout) else ALIKE)
+        elif name == "vectors":
+            specs[name] = tuple(like_logits(vector, classes) for vector in array)
         elif name not in specs:
             specs[name] = like_logits(array, classes)
     return Arrays(**specs)
@@ -230,9 +235,13 @@ def _own_labels(form: Form, arrays: Arrays, classes: int, layout: HeadLayout) ->
     if not layout.classes or _is_cut(form, classes, layout):
         return arrays
     first = _first_class(layout, classes)
-    if form == "sparse":
-        return arrays._replace(labels=arrays.labels - first)
-    return arrays._replace(labels=cut(arrays.labels, first, classes // layout.parts(layout.classes)))
+
+    def own(array: Any) -> Any:
+        if array is None or form == "sparse":
+            return array if array is None else array - first
+        return cut(array, first, classes // layout.parts(layout.classes))
+
+    return arrays._replace(labels=own(arrays.labels), negatives=own(arrays.negatives))
 
 
 def _first_class(layout: HeadLayout, classes: int) -> Any:

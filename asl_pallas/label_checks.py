@@ -50,16 +50,19 @@ def checked_labels() -> Iterator[None]:
         jax.clear_caches()
 
 
-def check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
+def check_values(labels: Any, where: Any, ignore_label: int | None, unannotated_label: int | None = None) -> None:
     """Concrete labels are 0 or 1, or in between, unless left out. They are looked at even while others are traced."""
+    others = tuple(number for number in (unannotated_label, ignore_label) if number is not None)
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.dtype == bool:
         return
     allowed = "0 or 1" if jnp.issubdtype(labels.dtype, jnp.integer) else "between 0 and 1"
+    if unannotated_label is not None and allowed == "0 or 1":
+        allowed += f", or {unannotated_label} for what is not annotated"
     expected = allowed + ("" if ignore_label is None else f", or ignore_label={ignore_label}")
     if is_traced(labels) or is_traced(where):
         if _checks_traced.get():
-            some_bad, value = _first_bad(labels, None if where is None else jnp.asarray(where), ignore_label)
+            some_bad, value = _first_bad(labels, None if where is None else jnp.asarray(where), others)
             checkify.check(~some_bad, f"labels hold {{value}}; expected {expected}", value=value)
         return
     if any(isinstance(x, jax.Array) and not x.is_fully_addressable for x in (labels, where)):
@@ -68,10 +71,10 @@ def check_values(labels: Any, where: Any, ignore_label: int | None) -> None:
         if where is not None and not isinstance(where, jax.Array):
             where = jax.device_put(np.asarray(where, bool))
         with jax.ensure_compile_time_eval():
-            some_bad, value = jax.device_get(_first_bad(labels, where, ignore_label))
+            some_bad, value = jax.device_get(_first_bad(labels, where, others))
     else:
         with np.errstate(invalid="ignore"):  # a NaN of ml_dtypes that is left out
-            bad = _bad(labels, None if where is None else np.asarray(jax.device_get(where), bool), ignore_label)
+            bad = _bad(labels, None if where is None else np.asarray(jax.device_get(where), bool), others)
         some_bad = bad.any()
         value = labels[bad][0] if some_bad else None
     if some_bad:
@@ -86,23 +89,24 @@ def check_ids(ids: Any, classes: int) -> None:
         checkify.check(~bad.any(), f"ids hold {{value}}; expected 0 <= id < {classes}, or -1 for none", value=value)
 
 
-def _bad(labels: Any, where: Any, ignore_label: int | None) -> Any:
+def _bad(labels: Any, where: Any, others: tuple[int, ...]) -> Any:
+    """Which labels are none; `others` than 0 and 1 are integers."""
     good = (labels >= 0) & (labels <= 1)  # not so for NaN
     if jnp.issubdtype(labels.dtype, jnp.integer):
         good = (labels == 0) | (labels == 1)
-    if ignore_label is not None:
-        good |= ~is_annotated(labels, ignore_label)
+        for number in others:
+            good |= ~is_annotated(labels, number)
     if where is not None:
         good |= ~where.reshape((1,) * (labels.ndim - where.ndim) + where.shape)
     return ~good
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _first_bad(labels: Array, where: Array | None, ignore_label: int | None) -> tuple[Array, Array]:
+def _first_bad(labels: Array, where: Array | None, others: tuple[int, ...]) -> tuple[Array, Array]:
     """Whether any label is bad, and the first one that is, of arrays that may lie in any way on a mesh."""
 
     def look(labels: Array, where: Array | None) -> tuple[Array, Array]:
-        bad = jnp.broadcast_to(_bad(labels, where, ignore_label), labels.shape).reshape(-1)
+        bad = jnp.broadcast_to(_bad(labels, where, others), labels.shape).reshape(-1)
         if not bad.size:
             return jnp.any(bad), jnp.zeros((), labels.dtype)
         # No index: JAX makes its constants while it traces, which a transfer guard forbids.

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import CustomVJPPrimal
 
 # No operand has it, but for a mask of an empty batch.
 _ABSENT = (0, 271_828)
@@ -28,6 +29,20 @@ def absent(like: Array) -> Array:
 def present(tree: Any) -> Any:
     """The tree with None for each array that is `absent`."""
     return jax.tree.map(lambda x: None if x.shape == _ABSENT and x.dtype == jnp.bool_ else x, tree)
+
+
+def perturbed(arrays: Any) -> tuple[set[str], Any]:
+    """Of a NamedTuple of custom_vjp's primals: the fields that are differentiated, and the arrays."""
+
+    def is_primal(x: Any) -> bool:
+        return isinstance(x, CustomVJPPrimal)
+
+    names = {
+        name
+        for name, field in arrays._asdict().items()
+        if any(leaf.perturbed for leaf in jax.tree.leaves(field, is_leaf=is_primal))
+    }
+    return names, jax.tree.map(lambda leaf: leaf.value, arrays, is_leaf=is_primal)
 
 
 def as_array(chosen: Collection[str], names: Sequence[str]) -> Array:

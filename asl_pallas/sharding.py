@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas.bits import GROUP, cut
-from asl_pallas.kernels.tile import Operands, Result, Task
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task
 from asl_pallas.kernels.versions import vary_as_operands
 
 Names = tuple[str, ...]
@@ -112,27 +112,31 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     words_are_cut = _words_are_cut(task, classes)
     shapes = _shapes(task, operands, layout)
     if AxisType.Explicit in kinds.values():
-        operands = operands._replace(**{n: _lay(o, layout, shapes[n]) for n, o in operands.arrays().items()})
-    specs = {name: layout.spec(operand, shapes[name]) for name, operand in operands.arrays().items()}
+        operands = operands.map(lambda name, operand: _lay(operand, layout, shapes[name]))
+    specs = operands.map(lambda name, operand: layout.spec(operand, shapes[name]))
+    specs = specs._replace(scalars=None if operands.scalars is None else PartitionSpec())
 
     def body(operands: Operands) -> Result:
         if class_axes and task.labels != "dense" and not words_are_cut:
             first = lax.axis_index(class_axes) * classes
-            labels = operands.labels
-            labels = labels - first if task.labels == "sparse" else cut(labels, first, classes)
-            operands = operands._replace(labels=labels)
+
+            def own(name: str, array: Array) -> Array:
+                if name not in ENCODED:
+                    return array
+                return array - first if task.labels == "sparse" else cut(array, first, classes)
+
+            operands = operands.map(own)
         value, gradient = run(operands)
         if task.value == "rows" and class_axes:
             value = lax.psum(value, class_axes)
         return Result(value, gradient)
 
-    of_logits = specs["logits"]
+    of_logits = specs.logits
     of_value = {"rows": PartitionSpec(*of_logits[:-1]), "elements": of_logits, None: None}[task.value]
-    all_specs: dict[str, Any] = {**specs, "scalars": None if operands.scalars is None else PartitionSpec()}
     on_mesh = jax.shard_map(
         body,
         mesh=layout.mesh,
-        in_specs=(Operands(**all_specs),),
+        in_specs=(specs,),
         out_specs=Result(of_value, of_logits if task.gradient else None),
         # Where none is taken JAX's default: under vmap it leaves out the axis that shares out the mapped dimension.
         axis_names=free if len(free) < len(kinds) else frozenset(),
@@ -151,18 +155,20 @@ def shard_of(task: Task, operands: Operands, layout: Layout | None) -> Operands:
         return jax.ShapeDtypeStruct(sizes, operand.dtype)
 
     shapes = {} if layout is None else _shapes(task, operands, layout)
-    return operands._replace(**{name: shard(o, shapes.get(name, ())) for name, o in operands.arrays().items()})
+    return operands.map(lambda name, operand: shard(operand, shapes.get(name, ())))
 
 
 def _shapes(task: Task, operands: Operands, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Of what shape an operand is where it lies as the logits do, by name."""
     shape = operands.logits.shape
-    shapes = dict.fromkeys(operands.arrays(), shape)
+    shapes = {name: shape for name, _ in operands.arrays()}
     if task.labels != "dense":
         # Words lie as the logits do where a shard has whole groups of them. Else every device that shares the classes
         # out has all of them, as it has all ids.
         are_cut = _words_are_cut(task, shape[-1] // layout.parts(layout.axes[-1]))
-        shapes["labels"] = (*shape[:-1], operands.labels.shape[-1] if are_cut else ALIKE)
+        for name, array in operands.arrays():
+            if name in ENCODED:
+                shapes[name] = (*shape[:-1], array.shape[-1] if are_cut else ALIKE)
     return shapes
 
 

@@ -84,7 +84,7 @@ class Case:
         """What a kernel gets, in shapes."""
         logits, labels = self.shapes()
         (of_labels,) = jax.tree.leaves(labels)
-        return Operands(logits, of_labels)  # type: ignore[arg-type]
+        return Operands(logits, of_labels)
 
     def arrays(self) -> tuple[Any, Any]:
         """NumPy logits and labels: normal logits around -2, one label in a hundred positive, or `IDS` ids a row."""

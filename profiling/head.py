@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import head_chunk
+from asl_pallas.losses import AsymmetricLoss
 from profiling import results, targets
 from profiling.bounds import MIB, ROUNDS, Line
 from profiling.cases import CPU, GPU, GRADIENT, SHORT, TPU
@@ -109,7 +109,7 @@ def _cycles(schedule: targets.Schedule, chunk: int) -> float:
         logits = jax.ShapeDtypeStruct((ROWS, chunk), jnp.float32)
         labels = jax.ShapeDtypeStruct((ROWS, IDS), jnp.int32)
         task = Task(AsymmetricLoss(), "rows", True, labels="sparse")
-        of_loops = turns_of(schedule, "v5e", task, Operands(logits, labels))  # type: ignore[arg-type]
+        of_loops = turns_of(schedule, "v5e", task, Operands(logits, labels))
         return sum(n * loop.bundles for n, loop in zip(of_loops or (), schedule.loops, strict=True))
     outside = schedule.by_depth[0]
     if schedule.grid:

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling, triton_tiling
+from asl_pallas.losses import AsymmetricLoss
 from profiling import contenders, targets
 from profiling.cases import FORWARD, GRADIENT, MODES, Case
 from profiling.contenders import Contender

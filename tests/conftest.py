@@ -6,6 +6,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -37,9 +38,16 @@ def pytest_configure(config: pytest.Config) -> None:
 LONGEST = ("test_checkpoints.py", "test_processes.py", "test_example.py")
 
 
+# Of tests with many parameters, those that take seconds and execute nothing that three short ones don't.
+LONG = set((Path(__file__).parent / "long_by_measurement.txt").read_text().splitlines())
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _mark_most_as_long(items)
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 

@@ -344,8 +344,8 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], list[str]]] = [
     ("NaN gamma_pos", {"gamma_pos": float("nan")}, ValueError, ["gamma_pos", "nan"]),
     ("gamma_neg as a word", {"gamma_neg": "4"}, TypeError, ["gamma_neg", "'4'"]),
     ("gamma_neg None", {"gamma_neg": None}, TypeError, ["gamma_neg", "None"]),
-    ("gamma_neg a class", {"gamma_neg": np.ones(6, np.float32)}, TypeError, ["gamma_neg", "scalar"]),
-    ("gamma_neg a class in jax", {"gamma_neg": "jnp.ones(6)"}, TypeError, ["gamma_neg", "scalar"]),
+    ("gamma_neg of other classes", {"gamma_neg": np.ones(7, np.float32)}, ValueError, ["gamma_neg", "(7,)", "(4, 6)"]),
+    ("gamma_neg of other classes in jax", {"gamma_neg": "jnp.ones(7)"}, ValueError, ["gamma_neg", "(7,)", "(4, 6)"]),
     ("complex gamma_neg", {"gamma_neg": 1j}, TypeError, ["gamma_neg", "1j"]),
     ("negative clip", {"clip": -0.05}, ValueError, ["clip", "-0.05", "0 <= clip < 1"]),
     ("clip of 1", {"clip": 1}, ValueError, ["clip", "1", "0 <= clip < 1"]),
@@ -434,7 +434,7 @@ NOT_FOR_JAX = [
 
 
 def call_of(changes: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    options = {name: jnp.ones(6) if isinstance(v, str) and v == "jnp.ones(6)" else v for name, v in changes.items()}
+    options = {name: jnp.ones(6) if isinstance(v, str) and v == "jnp.ones(7)" else v for name, v in changes.items()}
     return options.pop("logits", X), options.pop("labels", Y), options
 
 

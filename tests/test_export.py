@@ -71,3 +71,53 @@ def test_a_mesh_of_cpus_in_context_is_no_hindrance():
         export = jax.export.export(jax.jit(asymmetric_loss), platforms=PLATFORMS, disabled_checks=EXPORT_CHECKS)
         text = export(shape, jax.ShapeDtypeStruct(shape.shape, jnp.int8)).mlir_module()
     assert "__gpu$xla.gpu.triton" in text
+
+
+@pytest.mark.mostly_long(short=1)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_symbolic_batch_goes_through_a_module_for_all_platforms(form):
+    """Loss, gradient, head and top-k, called with batches of several sizes."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    classes = 300
+    random = np.random.default_rng(0)
+    kernel = random.normal(size=(DEPTH, classes)).astype(np.float32)
+
+    def loss(x: Any, y: Any) -> Any:
+        return asymmetric_loss(x, y).mean()
+
+    def head(features: Any, kernel: Any, y: Any) -> Any:
+        return linear_asymmetric_loss(features, kernel, y, axis=None)
+
+    def example(rows: int) -> tuple[Any, Any, Any]:
+        y = labels_of((rows, classes), rows)
+        labels = SparseLabels.from_dense(y, k=150) if form == "sparse" else FORMS[form](y)
+        return logits_of((rows, classes), rows), random.normal(size=(rows, DEPTH)).astype(np.float32), labels
+
+    def symbolic(array: Any) -> Any:
+        return jax.ShapeDtypeStruct((batch, *array.shape[1:]), array.dtype)
+
+    def exported(f: Any, *operands: Any) -> Any:
+        module = jax.export.export(jax.jit(f), platforms=PLATFORMS, disabled_checks=EXPORT_CHECKS)(*operands)
+        return jax.export.deserialize(module.serialize()).call
+
+    x, features, y = (jax.tree.map(symbolic, one) for one in example(4))
+    for f, run in (
+        (jax.value_and_grad(loss), exported(jax.value_and_grad(loss), x, y)),
+        (asymmetric_loss, exported(asymmetric_loss, x, y)),
+    ):
+        for rows in (1, 40):
+            logits, _, labels = example(rows)
+            assert_same(run(logits, labels), jax.jit(f)(logits, labels))
+    step = jax.value_and_grad(head, (0, 1))
+    run, best = exported(step, features, kernel, y), exported(lambda f, w: linear_top_k(f, w, 5), features, kernel)
+    for rows in (1, 40):
+        _, given, labels = example(rows)
+        assert_same(run(given, kernel, labels), jax.jit(step)(given, kernel, labels))
+        assert_same(best(given, kernel), linear_top_k(given, kernel, 5))
+
+
+def test_a_kernel_by_name_says_that_it_needs_known_sizes():
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = (jax.ShapeDtypeStruct((batch, 300), dtype) for dtype in (jnp.float32, jnp.int8))
+    with pytest.raises(NotImplementedError, match="blocks are made for known sizes, and the logits have the symbolic"):
+        jax.export.export(jax.jit(lambda x, y: asymmetric_loss(x, y, implementation="triton")))(*shapes)

@@ -15,8 +15,9 @@ from cases import labels_of
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
-from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
+from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss, multilabel_loss
 from asl_pallas.flax import MultilabelHead, prior_logit_init
+from asl_pallas.losses import FocalLoss
 
 DEPTH, CLASSES = 12, 300
 FREQUENCIES = np.linspace(0, 1, CLASSES) ** 3
@@ -132,3 +133,29 @@ def test_a_bias_that_cannot_be_is_named(options, sentence):
 def test_the_package_itself_needs_no_flax():
     code = "import sys, asl_pallas; sys.exit('flax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("gamma", [2.0, np.linspace(0, 4, CLASSES, dtype=np.float32)])
+def test_a_head_trains_with_the_loss_object_it_is_given(gamma):
+    loss = FocalLoss(jnp.asarray(gamma) if isinstance(gamma, np.ndarray) else gamma, 0.25)
+    head = MultilabelHead(DEPTH, CLASSES, loss=loss, chunk_size=128, rngs=nnx.Rngs(3))
+    labels = labels_of((5, CLASSES))
+    expected = multilabel_loss(loss, head(features()), labels)
+    np.testing.assert_allclose(head.loss(features(), labels), expected, rtol=1e-5)
+    np.testing.assert_allclose(nnx.jit(lambda h, x, y: h.loss(x, y))(head, features(), labels), expected, rtol=1e-5)
+    optimizer = nnx.Optimizer(head, optax.sgd(0.01), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(head, optimizer, x, y):
+        total, gradients = nnx.value_and_grad(lambda head: head.loss(x, y, axis=None))(head)
+        optimizer.update(head, gradients)
+        return total
+
+    totals = [float(step(head, optimizer, features(), labels)) for _ in range(5)]
+    assert totals[-1] < 0.9 * totals[0]
+    assert head.kernel[...].shape == (DEPTH, CLASSES)
+
+
+def test_a_heads_loss_is_a_loss_object():
+    with pytest.raises(TypeError, match="loss='focal'; expected a loss object"):
+        MultilabelHead(DEPTH, CLASSES, loss="focal", rngs=nnx.Rngs(3))

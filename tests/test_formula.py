@@ -13,10 +13,11 @@ import pytest
 from cases import GAMMAS_AND_CLIP, assert_no_worse, away_from_the_margin, careful_pair, interpreted, true_pair
 
 from asl_pallas import kernels
-from asl_pallas.formula import EXACT, TRACED, Arithmetic, AsymmetricLoss
 from asl_pallas.kernels import mosaic_tpu, triton
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
+from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss, Label
+from asl_pallas.losses.base import EXACT, TRACED, Ops
 from reference import float64
 
 LOGITS = np.array(
@@ -54,10 +55,9 @@ LOGITS = np.array(
 def test_value_gradient_and_both_are_the_same_numbers_for_masks_and_for_constants(gamma_neg, gamma_pos, clip, positive):
     formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
     mask = jnp.full(LOGITS.shape, positive)
-    value, slope = formula.value_and_gradient(jnp.asarray(LOGITS), mask)
-    np.testing.assert_allclose(value, formula.value(jnp.asarray(LOGITS), mask), rtol=3e-6, atol=1e-8)
-    np.testing.assert_array_equal(slope, formula.gradient(jnp.asarray(LOGITS), mask))
-    one_sided = formula.value_and_gradient(jnp.asarray(LOGITS), positive)
+    value, slope = formula.value_and_slope(jnp.asarray(LOGITS), Label(mask))
+    np.testing.assert_allclose(value, formula.value(jnp.asarray(LOGITS), Label(mask)), rtol=3e-6, atol=1e-8)
+    one_sided = formula.value_and_slope(jnp.asarray(LOGITS), Label(positive))
     np.testing.assert_allclose(one_sided[0], value, rtol=3e-6)
     np.testing.assert_allclose(one_sided[1], slope, rtol=3e-6)
 
@@ -69,15 +69,15 @@ def test_a_bound_traced_formula_is_the_static_one_to_rounding(gamma_neg, gamma_p
         (jnp.float32(gamma_neg), jnp.float32(gamma_pos), jnp.float32(clip))
     )
     static = AsymmetricLoss(gamma_neg, gamma_pos, clip)
-    x, y = jnp.tile(jnp.asarray(LOGITS), 2), jnp.repeat(jnp.array([False, True]), LOGITS.size)
-    for ours, theirs in zip(traced.value_and_gradient(x, y), static.value_and_gradient(x, y), strict=True):
+    x, y = jnp.tile(jnp.asarray(LOGITS), 2), Label(jnp.repeat(jnp.array([False, True]), LOGITS.size))
+    for ours, theirs in zip(traced.value_and_slope(x, y), static.value_and_slope(x, y), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_nan_logit_gives_nan_whatever_the_side_and_the_exponents():
     for gamma_neg, gamma_pos, clip in GAMMAS_AND_CLIP:
         for positive in (False, True):
-            pair = AsymmetricLoss(gamma_neg, gamma_pos, clip).value_and_gradient(jnp.float32(jnp.nan), positive)
+            pair = AsymmetricLoss(gamma_neg, gamma_pos, clip).value_and_slope(jnp.float32(jnp.nan), Label(positive))
             assert np.isnan(pair).all()
 
 
@@ -99,7 +99,7 @@ def test_a_nan_logit_gives_nan_in_a_gpu_kernel_where_max_and_min_drop_it(monkeyp
 
 
 def test_easy_elements_have_no_negative_zero_loss():
-    value = AsymmetricLoss().value(jnp.asarray(LOGITS), jnp.zeros(LOGITS.shape, bool))
+    value = AsymmetricLoss().value(jnp.asarray(LOGITS), Label(jnp.zeros(LOGITS.shape, bool)))
     assert not np.signbit(value).any()
 
 
@@ -113,7 +113,7 @@ def test_the_curvature_at_a_logit_of_zero_is_not_lost_to_the_kink_of_an_absolute
     h = 1e-4
     options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip}
     up, down = (float64.gradient(np.array([x]), np.array([int(positive)]), **options)[0] for x in (h, -h))
-    found = jax.grad(lambda x: formula.gradient(x, positive))(jnp.float32(0))
+    found = jax.grad(lambda x: formula.value_and_slope(x, Label(positive))[1])(jnp.float32(0))
     assert found == pytest.approx((up - down) / (2 * h), rel=1e-5)
     assert found > 0.01
 
@@ -121,16 +121,16 @@ def test_the_curvature_at_a_logit_of_zero_is_not_lost_to_the_kink_of_an_absolute
 def test_a_coarse_reciprocal_shows_so_kernels_divide_as_they_are_told():
     """The reciprocal that a kernel passes is the one that is used: a wrong one must not go unseen."""
 
-    wrong = Arithmetic(reciprocal=lambda z: EXACT.reciprocal(z) * 1.01)
-    x, y = jnp.asarray([0.3, 2.0]), jnp.asarray([False, True])
+    wrong = Ops(reciprocal=lambda z: EXACT.reciprocal(z) * 1.01)
+    x, y = jnp.asarray([0.3, 2.0]), Label(jnp.asarray([False, True]))
     formula = AsymmetricLoss()
-    for exact, off in zip(formula.value_and_gradient(x, y), formula.value_and_gradient(x, y, wrong), strict=True):
+    for exact, off in zip(formula.value_and_slope(x, y), formula.value_and_slope(x, y, wrong), strict=True):
         assert (abs(exact - off) > 1e-3 * abs(exact)).all()
 
 
 APPROXIMATED = [
     *(("triton", *case) for case in GAMMAS_AND_CLIP),
-    *(("mosaic_gpu", *case) for case in GAMMAS_AND_CLIP if AsymmetricLoss(*case).tolerant),
+    *(("mosaic_gpu", *case) for case in GAMMAS_AND_CLIP if AsymmetricLoss(*case).allows_approximate_math),
 ]
 
 
@@ -171,17 +171,17 @@ def test_a_gpus_approximate_instructions_may_err_as_their_manual_allows(
 
         monkeypatch.setattr(mosaic_gpu.lax, "rsqrt", root)
         reciprocal = mosaic_gpu.arithmetic(Task(formula, "elements", True), Operands(LOGITS, LOGITS > 0)).reciprocal
-    chip = Arithmetic(
+    ops = Ops(
         exp=lambda x: jnp.asarray(exp2(np.asarray(x * (1 / math.log(2))))),
         log=lambda z: jnp.asarray(log2(np.asarray(z))) * math.log(2),
         reciprocal=reciprocal,
-        factors=True,
+        share_power=True,
     )
     x = np.concatenate([LOGITS, np.linspace(-100, 100, 4001), np.linspace(-4, 4, 4001)]).astype(np.float32)
     x, y = np.tile(x, 2), np.repeat(np.int8([0, 1]), x.size)
     options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "axis": ()}
     truths, yardsticks = (pair(x, y, np.ones(x.shape), **options) for pair in (true_pair, careful_pair))
-    found = formula.value_and_gradient(jnp.asarray(x), jnp.asarray(y > 0), chip)
+    found = formula.value_and_slope(jnp.asarray(x), Label(jnp.asarray(y > 0)), ops)
     near = (True, away_from_the_margin(x, clip))
     for what, f, truth, careful, only in zip(("loss", "gradient"), found, truths, yardsticks, near, strict=True):
         assert_no_worse(np.asarray(f), truth, careful, what, only=only)
@@ -202,9 +202,9 @@ def test_a_tpus_estimate_of_a_reciprocal_is_good_enough_after_one_step(gamma_neg
     truths, yardsticks = (pair(x, y, np.ones(x.shape), **options) for pair in (true_pair, careful_pair))
     formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
     task, operands = Task(formula, "rows", True), Operands(jnp.asarray(x), jnp.asarray(y))
-    chip = mosaic_tpu.arithmetic(task, operands, refines=True)
-    assert chip.labels_by_results and not chip.by_element
-    found = formula.value_and_gradient(operands.logits, operands.labels > 0, chip)
+    ops = mosaic_tpu.arithmetic(task, operands, refines=True)
+    assert ops.infer_label_from_slope and not ops.signed_per_element
+    found = formula.value_and_slope(operands.logits, Label(operands.labels > 0), ops)
     near = (True, away_from_the_margin(x, clip))
     for what, f, truth, careful, only in zip(("loss", "gradient"), found, truths, yardsticks, near, strict=True):
         assert_no_worse(np.asarray(f), truth, careful, what, only=only)
@@ -219,8 +219,8 @@ def test_the_value_alone_is_as_exact_with_its_sign_left_to_the_sum(gamma_neg, ga
     options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "axis": ()}
     (truth, _), (careful, _) = (pair(x, y, np.ones(x.shape), **options) for pair in (true_pair, careful_pair))
     formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
-    chip = Arithmetic(by_element=by_element, labels_by_results=not by_element)
-    found = np.asarray(formula.value(jnp.asarray(x), jnp.asarray(y > 0), chip))
+    ops = Ops(signed_per_element=by_element, infer_label_from_slope=not by_element)
+    found = np.asarray(formula.value(jnp.asarray(x), Label(jnp.asarray(y > 0)), ops))
     if by_element:
         assert (found >= 0).all()
     else:
@@ -229,27 +229,14 @@ def test_the_value_alone_is_as_exact_with_its_sign_left_to_the_sum(gamma_neg, ga
 
 
 @dataclasses.dataclass(frozen=True)
-class SquaredHinge:
+class SquaredHinge(ElementwiseLoss):
     """Another loss of the family, as small as the design promises: max(0, margin - s x)^2 with s = +-1."""
 
     margin: Any = 1.0
 
-    def steps(self, gradient):
-        return (self._value_and_slope if gradient else lambda *known: self._value_and_slope(*known)[:1],)
-
-    def sign(self, gradient):
-        return 1.0
-
-    def _value_and_slope(self, _, logit, positive, chip):
-        sign = jnp.where(positive, 1.0, -1.0).astype(logit.dtype)
-        short = jnp.maximum(self.margin - sign * logit, 0.0)
-        return short * short, -2.0 * sign * short
-
-    def traced(self):
-        return ("margin",) if self.margin is TRACED else ()
-
-    def bind(self, scalars):
-        return dataclasses.replace(self, **dict(zip(self.traced(), scalars, strict=True)))
+    def value(self, logit, label, ops):
+        short = jnp.maximum(self.margin - label.select(1.0, -1.0) * logit, 0.0)
+        return short * short
 
 
 @pytest.mark.mostly_long(short=4)

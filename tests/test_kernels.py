@@ -13,13 +13,14 @@ import pytest
 from cases import GAMMAS_AND_CLIP, optimising
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
-from asl_pallas.formula import TRACED, AsymmetricLoss
 from asl_pallas.kernels import mosaic_tpu, tiling, triton, xla
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.platforms import by_platform
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, cpu_tiling, tpu_tiling, triton_tiling
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
+from asl_pallas.losses import AsymmetricLoss
+from asl_pallas.losses.base import TRACED
 from reference import autodiff
 
 X, Y = jnp.ones((5, 150)), jnp.ones((5, 150), jnp.int8)
@@ -142,9 +143,8 @@ def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, mon
     logits = jnp.asarray(random.normal(0, 4, shape), jnp.float32)
     labels = jnp.asarray(random.integers(-1, 2, shape), jnp.int8)
     per_row, per_class, each = (jnp.asarray(random.random(s), jnp.float32) for s in ((rows, 1), (1, classes), shape))
-    operands = Operands(
-        logits, labels, each > 0.1, per_row, per_class, each if value == "elements" else per_row, jnp.array([3.0])
-    )
+    cotangent = each if value == "elements" else per_row
+    operands = Operands(logits, labels, each > 0.1, per_row, per_class, cotangent, scalars=jnp.array([3.0]))
     task = Task(AsymmetricLoss(TRACED, 1.0, 0.05), value, True, ignore_label=-1)
     expected = xla.run(task, operands)
     for turned in (True, False):

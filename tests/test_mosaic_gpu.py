@@ -17,10 +17,10 @@ from cases import GAMMAS_AND_CLIP, assert_parity, cotangent_of, evaluate, labels
 from jax.sharding import AxisType, PartitionSpec
 
 from asl_pallas import asymmetric_loss, kernels
-from asl_pallas.formula import AsymmetricLoss
 from asl_pallas.kernels import versions, xla
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import mosaic_gpu_tiling
+from asl_pallas.losses import AsymmetricLoss
 
 lacking = versions.lacks_mosaic_gpu()
 pytestmark = pytest.mark.skipif(lacking is not None, reason=str(lacking))
@@ -114,7 +114,7 @@ def test_rows_and_spans_meet_without_a_gap_and_the_cotangent_comes_before_the_ro
         labels = jnp.asarray(random.random(shape) < 0.2, jnp.int8)
         cotangent = jnp.asarray(random.normal(size=(shape[0], 1)), jnp.float32)
         exact = Operands(logits.astype(jnp.float32), labels)
-        whole = xla.run(task, exact, dataclasses.replace(mosaic_gpu.arithmetic(task, exact), by_element=True))
+        whole = xla.run(task, exact, dataclasses.replace(mosaic_gpu.arithmetic(task, exact), signed_per_element=True))
         unrounded = run(exact)
         np.testing.assert_allclose(unrounded.gradient, whole.gradient, rtol=2e-5, atol=1e-8)
         found = run(Operands(logits, labels, cotangent=cotangent))

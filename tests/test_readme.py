@@ -25,6 +25,7 @@ def test_the_readme_s_python_runs(capsys):
     assert wrong_label == "labels hold 2; expected 0 or 1 (`check` failed)"
     assert names["losses"].shape == names["ids"].shape[:1] == (3,)
     assert names["loss"] > 0 and jnp.any(names["gradients"].kernel[...] != 0)
+    assert names["focal"].shape == names["weak"].shape == names["hinge"].shape == (3,)
     for form in ("dense", "packed"):
         assert jnp.allclose(names["losses"], names["asymmetric_loss"](jnp.ones((3, 1000)), names[form]), rtol=1e-6)
 

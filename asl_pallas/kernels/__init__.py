@@ -17,9 +17,10 @@ from jax import Array
 
 from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import Code, by_platform
-from asl_pallas.kernels.tile import Form, Operands, Result, Task
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
+from asl_pallas.losses.base import PER_CLASS, ElementwiseLoss
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for.
 PLATFORMS: dict[str, Any] = {"xla": None, "mosaic_tpu": "tpu", "triton": "cuda", "mosaic_gpu": "cuda"}
@@ -58,6 +59,8 @@ def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> 
     """Why this kernel can't serve this call on its own platform, or None where it can."""
     if implementation == "xla":
         return None
+    if _is_symbolic(operands):
+        return f"its blocks are made for known sizes, and the logits have the symbolic shape {operands.logits.shape}"
     if implementation == "mosaic_gpu":
         if lacking := lacks_mosaic_gpu():
             return lacking
@@ -67,8 +70,10 @@ def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> 
             return f"it walks rows of at least {MOSAIC_GPU_CLASSES} classes, and the logits have {classes}"
     if operands.logits.dtype == jnp.float64:
         return "it computes in float32 and the logits are float64; 'xla' computes in float64"
-    if implementation == "mosaic_tpu" and labels == "sparse" and (k := operands.labels.shape[-1]) > TPU_MOST_IDS:
-        return f"it holds at most {TPU_MOST_IDS} ids a row, and these have {k}; PackedLabels serve any number"
+    if implementation == "mosaic_tpu" and labels == "sparse":
+        k = max(array.shape[-1] for name, array in operands.arrays() if name in ENCODED)
+        if k > TPU_MOST_IDS:
+            return f"it holds at most {TPU_MOST_IDS} ids a row, and these have {k}; PackedLabels serve any number"
     if reason := _beyond_its_offsets(implementation, operands):
         return reason
     supported = LOADS[implementation]
@@ -79,12 +84,17 @@ def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> 
     return None
 
 
+def _is_symbolic(operands: Operands) -> bool:
+    """Whether a size isn't known yet, as in jax.export with jax.export.symbolic_shape: no choice may depend on it."""
+    return not all(isinstance(n, int) for _, array in operands.arrays() for n in array.shape)
+
+
 def _beyond_its_offsets(implementation: str, operands: Operands) -> str | None:
     """Why the kernel can't reach all elements of so large an array, or None where it can."""
     if implementation == "mosaic_gpu" and operands.logits.size > LARGEST_INT32:
         return f"it counts at most {LARGEST_INT32} elements on a device, and the logits have {operands.logits.size}"
     if implementation == "triton":
-        for name, array in operands.arrays().items():
+        for name, array in operands.arrays():
             # JAX's lowering counts in 64 bits only from 2^32 bytes on.
             if array.dtype.itemsize == 1 and LARGEST_INT32 < array.size <= 2**32:
                 return f"its offsets of one-byte elements have 32 bits, and {name} has {array.size} elements"
@@ -103,7 +113,7 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     The operands have any number of leading dimensions; each has the logits' rank, and may be constant along some.
     """
     leading = operands.logits.shape[:-1]
-    if implementation == PLAIN or operands.logits.size == 0:
+    if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
         return xla.run(task, operands)
     value, gradient = _run_matrix(task, vary_alike(_matrices(operands)), implementation, interpret)
     if task.value is not None:
@@ -112,10 +122,11 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
-    if implementation not in (None, "xla") and interpret:
-        return _kernel(implementation, task, operands, interpret=True)
-    shapes = jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
-    return by_platform(operands, _TaskCode(task, shapes, implementation))
+    return by_platform(operands, _TaskCode(task, _shapes_of(operands), implementation, interpret))
+
+
+def _shapes_of(operands: Operands) -> Operands:
+    return jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +136,7 @@ class _TaskCode:
     task: Task
     shapes: Operands
     implementation: str | None
+    interpret: bool
 
     def __call__(self, asked: tuple[bool, ...]) -> Code:
         part = self.task
@@ -132,7 +144,65 @@ class _TaskCode:
             wants_value, wants_gradient = asked
             part = dataclasses.replace(part, value=part.value if wants_value else None, gradient=wants_gradient)
         plain = functools.partial(xla.run, part)
+        if self.interpret and self.implementation not in (None, "xla"):
+            return plain, {"default": functools.partial(_kernel, self.implementation, part, interpret=True)}
         return plain, _functions(part, self.shapes, self.implementation, plain)
+
+    def explain(self, error: Exception) -> Exception:
+        """What a kernel says of a loss that it can't compile: ours can be, a user's own need not."""
+        if self.implementation == "xla" or isinstance(error, (NotImplementedError, TypeError)):
+            return error
+        first = next(iter(str(error).splitlines()), "")
+        return NotImplementedError(
+            f"Pallas can't lower {self.task.loss!r} into a kernel: {type(error).__name__}: {first[:300]}; "
+            "implementation='xla' computes any loss"
+        )
+
+    def merged(self, operands: Operands, mapped: Operands) -> tuple[Operands, _TaskCode] | None:
+        """Under vmap: the rows of all examples in one call, where nothing that has all classes must be copied for it.
+
+        So a kernel is chosen by how many rows there are in all, and runs once.
+        """
+        rows, classes = self.shapes.logits.shape
+        if not all((mapped.logits, mapped.labels, mapped.negatives is not False)):
+            return None
+        size = operands.logits.shape[0]
+        loss = self.task.loss
+        if mapped.scalars:
+            operands, mapped, loss = _scalars_by_row(operands, mapped, loss)
+
+        def fits(name: str, array: Array, is_mapped: bool) -> bool:
+            by_row, by_class = array.shape[-2] == rows, array.shape[-1] == classes
+            return name in ENCODED or rows == 1 or not by_class or by_row == is_mapped
+
+        def merge(_: str, array: Array, is_mapped: bool) -> Array:
+            if not is_mapped and array.shape == (1, classes):
+                return array
+            of_all = jnp.broadcast_to(array, (size, rows, array.shape[-1]))
+            return of_all.reshape(size * rows, array.shape[-1])
+
+        if not all(jax.tree.leaves(operands.map(fits, mapped)._replace(scalars=None))):
+            return None
+        merged = operands.map(merge, mapped)
+        task = dataclasses.replace(self.task, loss=loss)
+        return merged, dataclasses.replace(self, task=task, shapes=_shapes_of(merged))
+
+
+def _scalars_by_row(
+    operands: Operands, mapped: Operands, loss: ElementwiseLoss
+) -> tuple[Operands, Operands, ElementwiseLoss]:
+    """Scalars that differ between examples as arrays with one number per row."""
+    names = loss.traced()
+    numbers = [operands.scalars[:, n, None, None] for n in range(operands.scalars.shape[1])]
+    arrays = dict(zip(names, [*numbers, *operands.vectors], strict=True))
+    are_mapped = dict(zip(names, [*(True for _ in numbers), *mapped.vectors], strict=True))
+    loss = loss.replaced(dict.fromkeys(names, PER_CLASS))
+    in_order = loss.traced()
+    return (
+        operands._replace(vectors=tuple(arrays[name] for name in in_order), scalars=None),
+        mapped._replace(vectors=tuple(are_mapped[name] for name in in_order), scalars=None),
+        loss,
+    )
 
 
 def _functions(
@@ -140,6 +210,8 @@ def _functions(
 ) -> dict[str, Callable[[Operands], Result]]:
     """What serves a task on operands of these shapes, by platform."""
     if implementation not in (None, "xla"):
+        if reason := refusal(implementation, shapes, task.labels):  # of what vmap has put together
+            raise NotImplementedError(f"implementation={implementation!r} can't serve this call: {reason}")
         kernel = functools.partial(_kernel, implementation, task)
         return {PLATFORMS[implementation]: kernel, "default": functools.partial(_refuse, implementation)}
     functions: dict[str, Callable[[Operands], Result]] = {"cpu": functools.partial(xla.run_streamed, task)}
@@ -161,14 +233,14 @@ def _matrices(operands: Operands) -> Operands:
     *leading, _ = operands.logits.shape
     rows = math.prod(leading)
 
-    def matrix(operand: Array) -> Array:
+    def matrix(_: str, operand: Array) -> Array:
         if operand.ndim == 2:
             return operand
         if all(n == 1 for n in operand.shape[:-1]):
             return operand.reshape(1, operand.shape[-1])
         return jnp.broadcast_to(operand, (*leading, operand.shape[-1])).reshape(rows, operand.shape[-1])
 
-    return operands._replace(**{name: matrix(array) for name, array in operands.arrays().items()})
+    return operands.map(matrix)
 
 
 def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:

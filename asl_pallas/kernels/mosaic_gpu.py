@@ -21,11 +21,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
-from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
 from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, vary_alike
+from asl_pallas.losses.base import Ops
 
 plgpu = mosaic_gpu_module()
 
@@ -53,25 +53,25 @@ def _refined_reciprocal(z: Array) -> Array:
 
 
 # Mosaic GPU knows neither log1p nor stop_gradient, and on 0.11 no function with a derivative of its own.
-_EXACT = Arithmetic(
+_EXACT = Ops(
     log=log,
     log1p=_log1p,
     reciprocal=lambda z: 1.0 / z,
     quotient=lambda n, d: n / d,
-    at_least=jnp.maximum,
-    at_most=jnp.minimum,
+    maximum=jnp.maximum,
+    minimum=jnp.minimum,
     negate=lambda condition, x: jnp.where(condition, -x, x),
-    constant=lambda x: x,
-    factors=True,
+    stop_gradient=lambda x: x,
+    share_power=True,
     differentiable=False,
 )
 # With `approx_math` exp, log and rsqrt are an instruction or two each. They err as Triton's do.
 _APPROXIMATE = dataclasses.replace(_EXACT, log=jnp.log, reciprocal=_refined_reciprocal)
 
 
-def arithmetic(task: Task, operands: Operands) -> Arithmetic:
-    chip = _APPROXIMATE if task.formula.tolerant else _EXACT
-    return dataclasses.replace(chip, by_element=task.needs_elements(operands))
+def arithmetic(task: Task, operands: Operands) -> Ops:
+    ops = _APPROXIMATE if task.loss.allows_approximate_math else _EXACT
+    return dataclasses.replace(ops, signed_per_element=task.needs_elements(operands))
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -88,42 +88,40 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),
             None if gradient is None else jax.reshard(gradient, sharding),
         )
-    arrays = {name: _loadable(array, classes) for name, array in operands.arrays().items()}
-    if operands.scalars is not None:
-        arrays["scalars"] = operands.scalars
-    inputs = {name: _Shape(array.shape, array.dtype) for name, array in arrays.items()}
-    outputs = {}
+    operands = operands.map(lambda _, array: _loadable(array, classes))
+    results = Result(None, None)
     if task.value is not None:
-        outputs["value"] = _Shape((rows, classes), compute_dtype(operands.logits.dtype))
+        results = results._replace(value=_Shape((rows, classes), compute_dtype(operands.logits.dtype)))
     if task.gradient:
-        outputs["gradient"] = _Shape((rows, classes), operands.logits.dtype)
-    stored = {name: output for name, output in outputs.items() if name == "gradient" or task.value == "elements"}
-    by_engine = all(output.is_aligned for output in stored.values())
+        results = results._replace(gradient=_Shape((rows, classes), operands.logits.dtype))
+    stored = Result(results.value if task.value == "elements" else None, results.gradient)
+    by_engine = all(result.is_aligned for result in stored if result is not None)
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
     if task.value == "rows":
-        outputs["value"] = outputs["value"]._replace(shape=(rows, tiling.spans))
-    chip = arithmetic(task, operands)
-    kernel = _Kernel(task, tiling, inputs, outputs, by_engine, chip)
-    flat = [_flat(array, tiling.chunk, kernel.lead(name)) for name, array in arrays.items()]
+        results = results._replace(value=results.value._replace(shape=(rows, tiling.spans)))
+    ops = arithmetic(task, operands)
+    inputs = operands.map(lambda _, array: _Shape(array.shape, array.dtype))
+    kernel = _Kernel(task, tiling, inputs, results, stored, by_engine, ops)
+    flat = operands.map(lambda _, array: _flat(array, tiling.chunk, kernel.lead(_Shape(array.shape, array.dtype))))
 
     # vmap one by one: the engine wants strides of 16 bytes, which a flat array's do not have once they are batched.
     @jax.custom_batching.sequential_vmap
-    def call(*arrays: Array) -> list[Array]:
-        shapes = [jax.ShapeDtypeStruct((output.size,), output.dtype) for output in outputs.values()]
-        name = "asl_pallas_" + "_and_".join(outputs)
+    @jax.custom_batching.sequential_vmap
+    def call(operands: Operands) -> Result:
+        shapes = Result(*(r if r is None else jax.ShapeDtypeStruct((r.size,), r.dtype) for r in results))
+        approximate = task.loss.allows_approximate_math
         run = mosaic_gpu_kernel(
-            kernel, shapes, kernel.scratch(), tiling.programs, name, interpret, approximate=task.formula.tolerant
+            kernel, shapes, kernel.scratch(), tiling.programs, task.kernel_name, interpret, approximate
         )
-        return run(*arrays)
+        return run(operands)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    results, _ = vary_alike((call(*flat), operands.logits))
-    found = {
-        name: result.reshape(output.shape) for (name, output), result in zip(outputs.items(), results, strict=True)
-    }
+    (value, gradient), _ = vary_alike((call(flat), operands.logits))
+    if task.value is not None:
+        value = value.reshape(results.value.shape)
     if task.value == "rows":
-        found["value"] = task.losses(jnp.sum(found["value"], axis=1), chip)
-    return Result(found.get("value"), found.get("gradient"))
+        value = task.row_losses(jnp.sum(value, axis=1), ops)
+    return Result(value, gradient.reshape(rows, classes) if task.gradient else None)
 
 
 def _loadable(array: Array, classes: int) -> Array:
@@ -169,41 +167,50 @@ class _Kernel:
         self,
         task: Task,
         tiling: MosaicGpuTiling,
-        inputs: dict[str, _Shape],
-        outputs: dict[str, _Shape],
+        inputs: Operands,
+        results: Result,
+        stored: Result,
         by_engine: bool,
-        chip: Arithmetic,
+        ops: Ops,
     ):
-        self.task, self.tiling, self.inputs, self.outputs = task, tiling, inputs, outputs
-        self.by_engine, self.chip = by_engine, chip
-        self.rows, self.classes = inputs["logits"].shape
-        self.loaded = [name for name, i in inputs.items() if name != "scalars" and i.shape[1] == self.classes]
-        self.stored = [name for name in outputs if name == "gradient" or task.value == "elements"]
+        self.task, self.tiling, self.inputs, self.results = task, tiling, inputs, results
+        self.stored, self.by_engine, self.ops = stored, by_engine, ops
+        self.rows, self.classes = inputs.logits.shape
         self.layout = plgpu.Layout.WG_STRIDED((tiling.tile,), tiling.vector)
         self.__name__ = "asl_pallas"
 
     def scratch(self) -> dict[str, Any]:
         stages, chunk = self.tiling.stages, self.tiling.chunk
-        stored = self.stored if self.by_engine else []
+
+        def load(_: str, source: _Shape) -> Any:
+            if not self.is_loaded(source):
+                return None
+            return plgpu.SMEM((stages, chunk + self.lead(source)), source.dtype)
+
+        loads = self.inputs.map(load)._replace(scalars=None)
+        stored = self.stored if self.by_engine else Result(None, None)
         return {
-            "loads": {n: plgpu.SMEM((stages, chunk + self.lead(n)), self.inputs[n].dtype) for n in self.loaded},
-            "stores": {n: plgpu.SMEM((stages, chunk), self.outputs[n].dtype) for n in stored},
-            "arrived": plgpu.Barrier(num_arrivals=len(self.loaded), num_barriers=stages),
+            "loads": loads,
+            "stores": Result(*(s if s is None else plgpu.SMEM((stages, chunk), s.dtype) for s in stored)),
+            "arrived": plgpu.Barrier(num_arrivals=len(loads.arrays()), num_barriers=stages),
         }
 
-    def lead(self, name: str) -> int:
-        """The most elements that a copy has before its chunk."""
-        return 0 if name not in self.loaded or self.inputs[name].is_aligned else _ALIGNMENT
+    def is_loaded(self, source: _Shape) -> bool:
+        """Whether the copy engine brings it, chunk by chunk."""
+        return source.shape[1] == self.classes
 
-    def __call__(self, *refs: Any, loads: dict[str, Any], stores: dict[str, Any], arrived: Any) -> None:
+    def lead(self, source: _Shape) -> int:
+        """The most elements that a copy has before its chunk."""
+        return 0 if source.is_aligned or not self.is_loaded(source) else _ALIGNMENT
+
+    def __call__(self, inputs: Operands, outputs: Result, *, loads: Operands, stores: Result, arrived: Any) -> None:
         tiling = self.tiling
-        inputs = dict(zip(self.inputs, refs, strict=False))
-        outputs = dict(zip(self.outputs, refs[len(inputs) :], strict=True))
+        by_engine = any(buffer is not None for buffer in stores)
         program = lax.axis_index("program")
         units, _ = _divmod(self.rows * tiling.spans - program + (tiling.programs - 1), tiling.programs)
-        task = self.task
-        if "scalars" in inputs:
-            task = task.bind(self.spread(inputs["scalars"][k]) for k in range(self.inputs["scalars"].size))
+        scalars = None
+        if inputs.scalars is not None:
+            scalars = tuple(self.spread(inputs.scalars[n]) for n in range(inputs.scalars.shape[0]))
 
         def place(step: Array) -> tuple[Array, Array, Array]:
             """The row, the class that the chunk starts at, and how many of its elements the chunk before it has had."""
@@ -213,52 +220,55 @@ class _Kernel:
             start = jnp.minimum(first, self.classes - tiling.chunk)
             return row, start, first - start
 
-        def source(name: str, row: Array, start: Array) -> tuple[Array, Array]:
+        def source(shape: _Shape, ref: Any, row: Array, start: Array) -> tuple[Array, Array]:
             """Where in the flat array a copy begins, and how far before the chunk."""
-            first = start if self.inputs[name].shape[0] == 1 else row * self.classes + start
-            if not self.lead(name):
+            first = start if shape.shape[0] == 1 else row * self.classes + start
+            if not self.lead(shape):
                 return first, jnp.zeros_like(first)
             whole, _ = _divmod(first, _ALIGNMENT)
-            size = inputs[name].shape[0]
-            begin = jnp.minimum(whole * _ALIGNMENT, size - tiling.chunk - _ALIGNMENT)
+            begin = jnp.minimum(whole * _ALIGNMENT, ref.shape[0] - tiling.chunk - _ALIGNMENT)
             return begin, first - begin
 
         def fetch(step: Array) -> None:
             row, start, _ = place(step)
             _, slot = _divmod(step, tiling.stages)
-            for name, buffer in loads.items():
-                begin, _ = source(name, row, start)
+
+            def copy(name: str, buffer: Any, shape: _Shape, ref: Any) -> None:
+                begin, _ = source(shape, ref, row, start)
                 plgpu.copy_gmem_to_smem(
-                    inputs[name].at[pl.ds(begin, buffer.shape[1])],
+                    ref.at[pl.ds(begin, buffer.shape[1])],
                     buffer.at[slot],
                     arrived.at[slot],
                     oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS,
                 )
 
+            loads.map(copy, self.inputs, inputs)
+
         def compute(step: Array, partial: Array) -> Array:
             row, start, repeated = place(step)
             _, slot = _divmod(step, tiling.stages)
             plgpu.barrier_wait(arrived.at[slot])
-            if stores:
+            if by_engine:
                 plgpu.wait_smem_to_gmem(tiling.stages - 1, wait_read_only=True)
 
             def tile(first: Array, partial: Array) -> Array:
                 at = pl.ds(first, tiling.tile)
 
-                def load(name: str) -> Array:
-                    if name in loads:
-                        _, lead = source(name, row, start)
-                        return plgpu.load(loads[name].at[slot, pl.ds(lead + first, tiling.tile)], layout=self.layout)
-                    return self.spread(inputs[name][row if self.inputs[name].shape[0] > 1 else 0])
+                def load(name: str, ref: Any, shape: _Shape, buffer: Any) -> Array:
+                    if buffer is None:
+                        return self.spread(ref[row if shape.shape[0] > 1 else 0])
+                    _, lead = source(shape, ref, row, start)
+                    return plgpu.load(buffer.at[slot, pl.ds(lead + first, tiling.tile)], layout=self.layout)
 
-                operands = Operands(**{name: load(name) for name in inputs if name != "scalars"})
-                result = task.evaluate(operands, chip=self.chip)
-                for name in self.stored:
-                    part = getattr(result, name).astype(self.outputs[name].dtype)
-                    if name in stores:
-                        stores[name][slot, at] = part
+                operands = inputs.map(load, self.inputs, loads)._replace(scalars=scalars)
+                result = self.task.evaluate(operands, ops=self.ops)
+                for part, output, buffer, shape in zip(result, outputs, stores, self.stored, strict=True):
+                    if shape is None:
+                        continue
+                    if buffer is not None:
+                        buffer[slot, at] = part.astype(shape.dtype)
                     else:
-                        outputs[name][pl.ds(row * self.classes + start + first, tiling.tile)] = part
+                        output[pl.ds(row * self.classes + start + first, tiling.tile)] = part.astype(shape.dtype)
                 if self.task.value != "rows":
                     return partial
                 value = result.value
@@ -269,11 +279,12 @@ class _Kernel:
 
             tiles = jnp.int32(tiling.chunk // tiling.tile)
             partial = lax.fori_loop(jnp.int32(0), tiles, lambda k, p: tile(k * tiling.tile, p), partial)
-            if stores:
+            if by_engine:
                 plgpu.commit_smem()
-                for name, buffer in stores.items():
-                    target = outputs[name].at[pl.ds(row * self.classes + start, tiling.chunk)]
-                    plgpu.copy_smem_to_gmem(buffer.at[slot], target, commit_group=False)
+                for output, buffer in zip(outputs, stores, strict=True):
+                    if buffer is not None:
+                        target = output.at[pl.ds(row * self.classes + start, tiling.chunk)]
+                        plgpu.copy_smem_to_gmem(buffer.at[slot], target, commit_group=False)
                 plgpu.commit_smem_to_gmem_group()
             pl.when(step + tiling.stages < units * tiling.steps)(lambda: fetch(step + tiling.stages))
             return partial
@@ -287,9 +298,9 @@ class _Kernel:
             first, steps = k * tiling.steps, jnp.int32(tiling.steps)
             partial = lax.fori_loop(jnp.int32(0), steps, lambda c, p: compute(first + c, p), start)
             if self.task.value == "rows":
-                outputs["value"][program + k * tiling.programs] = jnp.sum(partial)
+                outputs.value[program + k * tiling.programs] = jnp.sum(partial)
 
-        if stores:
+        if by_engine:
             plgpu.wait_smem_to_gmem(0)
 
     def spread(self, scalar: Array) -> Array:

@@ -11,8 +11,9 @@ tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
-from asl_pallas.formula import Arithmetic
 from asl_pallas.kernels.summation import add_exactly, total_of
-from asl_pallas.kernels.tile import Form, Operands, Result, Step, Task
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
+from asl_pallas.losses.base import Ops
 
-# Scratch: a row's partial sums of some blocks, those of all blocks before, and what the latter's roundings lost.
-_SUMS = ("sums", "total", "lost")
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
 Stage = Callable[[Any, Operands, "Array | None"], Any]
+
+
+class _Laid(NamedTuple):
+    """How a block of an operand comes to a kernel, and the memory that it is rewritten to first, if it is."""
+
+    array: Array
+    spec: pl.BlockSpec
+    converted: Any = None  # of the block's own extent
+    spread: Any = None  # [rows, LANES]: a number per row, in each lane
+    words: Any = None  # [rows, LANES], made of ids
+
+
+class _Scratch(NamedTuple):
+    """A kernel's own memory; None where it has no use for it."""
+
+    converted: Operands
+    spread: Operands
+    words: Operands
+    aside: list[Any]  # [group, chunk] each, between two stages
+    sums: Any = None  # [rows, partial], a row's partial sums of some blocks
+    total: Any = None  # likewise, those of all blocks before
+    lost: Any = None  # likewise, what the roundings of `total` lost
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -45,112 +66,99 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     by_class = pl.BlockSpec(tiling.lying(1, tiling.classes), lambda i, j: tiling.lying(jnp.int32(0), j))
     by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (jnp.int32(0), i))
 
-    inputs: dict[str, tuple[Array, pl.BlockSpec]] = {}
-    scratch: dict[str, Any] = {}
-    converted: list[bool] = []
-    for name, operand in operands._asdict().items():
-        if operand is None:
-            continue
-        if name == "labels" and task.labels != "dense":
-            inputs[name], scratch_words = _few_labels(task.labels, operand, tiling)
-            scratch.update(scratch_words)
-            converted.append(False)
-            continue
-        whole = operand.shape == (rows, classes)
-        fused = whole and operand.dtype.name in TPU_CONVERTED
-        array = operand.T if tiling.turned and name != "scalars" else operand
-        if name == "scalars":
-            # Two dimensions, so that vmap's third leaves a block of whole last dimensions.
-            # An index map of its own: JAX's has 64 bits where integers have, and Mosaic compiles none such.
-            whole_array = pl.BlockSpec((1, operand.size), lambda i, j: (jnp.int32(0),) * 2, memory_space=pltpu.SMEM)
-            inputs[name] = operand[None], whole_array
-        elif fused:
-            inputs[name] = array.astype(TPU_CONVERTED[operand.dtype.name]), block
-            scratch[name] = pltpu.VMEM(extent, inputs[name][0].dtype)
-        elif whole:
-            inputs[name] = array, block
-        elif operand.shape == (rows, 1):
-            vector = operand.astype(jnp.float32).reshape(1, rows)
-            inputs[name] = jnp.pad(vector, ((0, 0), (0, padded_rows - rows))), by_row
-            if not tiling.turned:
-                scratch[name] = pltpu.VMEM((tiling.rows, LANES), jnp.float32)
-        else:
-            inputs[name] = array.astype(jnp.float32), by_class
-        converted.append(fused)
+    def lay(name: str, operand: Array) -> _Laid:
+        if name in ENCODED and task.labels != "dense":
+            return _lay_encoded(task.labels, operand, tiling)
+        if operand.shape == (rows, classes):
+            array = operand.T if tiling.turned else operand
+            if operand.dtype.name not in TPU_CONVERTED:
+                return _Laid(array, block)
+            array = array.astype(TPU_CONVERTED[operand.dtype.name])
+            return _Laid(array, block, converted=pltpu.VMEM(extent, array.dtype))
+        if operand.shape == (rows, 1):
+            vector = jnp.pad(operand.astype(jnp.float32).reshape(1, rows), ((0, 0), (0, padded_rows - rows)))
+            spread = None if tiling.turned else pltpu.VMEM((tiling.rows, LANES), jnp.float32)
+            return _Laid(vector, by_row, spread=spread)
+        return _Laid((operand.T if tiling.turned else operand).astype(jnp.float32), by_class)
 
-    outputs: dict[str, tuple[jax.ShapeDtypeStruct, pl.BlockSpec]] = {}
-    if task.value == "rows":
-        outputs["value"] = result_like(operands.logits, (1, padded_rows), jnp.float32), by_row
-        partial = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
-        scratch.update(dict.fromkeys(_SUMS if tiling.blocks_of_a_sum(classes) else _SUMS[:1], partial))
-    elif task.value == "elements":
-        outputs["value"] = result_like(operands.logits, shape, jnp.float32), block
-    if task.gradient:
-        outputs["gradient"] = result_like(operands.logits, shape, operands.logits.dtype), block
-
-    chip = arithmetic(task, operands, not interpret and tpu_refines())
-    aside = _aside(task, tiling, operands, chip)
-    kernel = functools.partial(
-        _kernel,
-        task,
-        tiling,
-        chip,
-        (rows, classes),
-        tuple(inputs),
-        tuple(outputs),
+    laid = operands.map(lay)
+    if operands.scalars is not None:
+        # Two dimensions, so that vmap's third leaves a block of whole last dimensions.
+        # An index map of its own: JAX's has 64 bits where integers have, and Mosaic compiles none such.
+        size = operands.scalars.size
+        whole = pl.BlockSpec((1, size), lambda i, j: (jnp.int32(0),) * 2, memory_space=pltpu.SMEM)
+        laid = laid._replace(scalars=_Laid(operands.scalars[None], whole))
+    inputs, specs, converted, spread, words = (
+        jax.tree.map(operator.itemgetter(k), laid, is_leaf=lambda x: isinstance(x, _Laid)) for k in range(5)
     )
-    arrays: list[Any] = [array for array, _ in inputs.values()]
-    shapes: list[Any] = [shape for shape, _ in outputs.values()]
-    found = pl.pallas_call(
-        kernel,
+    is_fused = [one.converted is not None for one in jax.tree.leaves(laid, is_leaf=lambda x: isinstance(x, _Laid))]
+
+    ops = arithmetic(task, operands, not interpret and tpu_refines())
+    scratch = _Scratch(converted, spread, words, _aside(task, tiling, operands, ops))
+    results, result_specs = Result(None, None), Result(None, None)
+    if task.value == "rows":
+        results = results._replace(value=result_like(operands.logits, (1, padded_rows), jnp.float32))
+        result_specs = result_specs._replace(value=by_row)
+        partial = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
+        scratch = scratch._replace(sums=partial)
+        if tiling.blocks_of_a_sum(classes):
+            scratch = scratch._replace(total=partial, lost=partial)
+    elif task.value == "elements":
+        results = results._replace(value=result_like(operands.logits, shape, jnp.float32))
+        result_specs = result_specs._replace(value=block)
+    if task.gradient:
+        results = results._replace(gradient=result_like(operands.logits, shape, operands.logits.dtype))
+        result_specs = result_specs._replace(gradient=block)
+
+    moved = jax.tree.leaves((inputs, results))
+    ((value, gradient),) = pl.pallas_call(
+        functools.partial(_kernel, task, tiling, ops, (rows, classes), _tile_of(task, tiling, operands)),
         grid=grid,
-        in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=shapes,
-        scratch_shapes=[scratch, aside],
+        in_specs=[specs],
+        out_specs=[result_specs],
+        out_shape=[results],
+        scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            allow_input_fusion=tuple(converted) if any(converted) else None,
+            allow_input_fusion=tuple(is_fused) if any(is_fused) else None,
         ),
         cost_estimate=pl.CostEstimate(
             flops=60 * rows * classes,
             transcendentals=4 * rows * classes,
-            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (*arrays, *shapes)),
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in moved),
         ),
         # Safe in one pass: a block is read before its own gradient is written, and no block is read twice.
-        input_output_aliases={0: list(outputs).index("gradient")} if task.gradient and task.donate_logits else {},
+        input_output_aliases={0: int(task.value is not None)} if task.gradient and task.donate_logits else {},
         interpret=interpret,
-        name="asl_pallas_" + "_and_".join(outputs),
-    )(*arrays)
-    result = dict(zip(outputs, found, strict=True))
-    for name in result:
-        if name == "value" and task.value == "rows":
-            result[name] = result[name][0, :rows]
-        elif tiling.turned:
-            result[name] = result[name].T
-    return Result(result.get("value"), result.get("gradient"))
+        name=task.kernel_name,
+    )(inputs)
+    if task.value == "rows":
+        value = value[0, :rows]
+    elif task.value is not None and tiling.turned:
+        value = value.T
+    return Result(value, gradient.T if task.gradient and tiling.turned else gradient)
 
 
-def _few_labels(form: Form, labels: Array, tiling: TpuTiling) -> tuple[tuple[Array, pl.BlockSpec], dict[str, Any]]:
-    """Words of the block's group of classes, or all ids of its rows and room for the words to be made of them."""
+def _lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> _Laid:
+    """Words of the block's group of classes, or all ids of its rows."""
     if form == "packed":
         spec = pl.BlockSpec((tiling.rows, LANES), lambda i, j: (i, _quotient(j, tiling.blocks_of_words)))
-        return (labels, spec), {}
+        return _Laid(labels, spec)
     # Rows along the lanes: as (rows, k) they would fill 128 lanes a row, and of no use in a register.
     fill = tpu_ids(labels.shape[1]) - labels.shape[1]
     ids = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=PADDING).T
     spec = pl.BlockSpec((ids.shape[0], tiling.rows), lambda i, j: (jnp.int32(0), i))
-    return (ids, spec), {"words": pltpu.VMEM((tiling.rows, LANES), jnp.int32)}
+    return _Laid(ids, spec, words=pltpu.VMEM((tiling.rows, LANES), jnp.int32))
 
 
-def arithmetic(task: Task, operands: Operands, refines: bool) -> Arithmetic:
+def arithmetic(task: Task, operands: Operands, refines: bool) -> Ops:
     """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does."""
-    return Arithmetic(
+    return Ops(
         reciprocal=_refined_reciprocal if refines else reciprocal,
-        at_least=jnp.maximum,
-        at_most=jnp.minimum,
-        by_element=task.needs_elements(operands),
-        labels_by_results=True,
+        maximum=jnp.maximum,
+        minimum=jnp.minimum,
+        signed_per_element=task.needs_elements(operands),
+        infer_label_from_slope=True,
         differentiable=False,
     )
 
@@ -161,36 +169,48 @@ def _refined_reciprocal(x: Array) -> Array:
     return estimate * (2.0 - x * estimate)
 
 
-def _stages(task: Task, tiling: TpuTiling, labels: jnp.dtype, chip: Arithmetic) -> list[Stage]:
-    """The task's steps in two stages, or in one if there are no more than the first takes."""
-    steps = task.steps(labels)
-
-    def stage(steps: Sequence[Step]) -> Stage:
-        def run(known: Any, tile: Operands, valid: Array | None) -> Any:
-            for step in steps:
-                known = step(known, tile, valid, chip)
-            return known
-
-        return run
-
-    return [stage(part) for part in (steps[: tiling.first], steps[tiling.first :]) if part]
+def _stages(task: Task, tiling: TpuTiling, tile: Operands, ops: Ops) -> list[Stage]:
+    """Up to one of the loss's cuts and from there on, or in one where it has none."""
+    cut = min(tiling.cut, task.cuts(tile, ops))
+    if cut == 0:
+        return [lambda carry, tile, valid: task.evaluate(tile, valid, ops)]
+    return [
+        lambda carry, tile, valid: task.until_cut(cut, tile, valid, ops),
+        lambda carry, tile, valid: task.from_cut(cut, carry, tile, valid, ops),
+    ]
 
 
-def _aside(task: Task, tiling: TpuTiling, operands: Operands, chip: Arithmetic) -> list[list[Any]]:
-    """Room for what the stages hand on, but for the last."""
-    extent = tiling.lying(tiling.group, tiling.chunk)
+def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
+    """Shapes and dtypes of a tile, as far as a loss sees them."""
+
+    def of(n: int, m: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(tiling.lying(n, m), dtype)
+
     labels = operands.labels.dtype if task.labels == "dense" else jnp.dtype("bool")
+    scalars = None
+    if operands.scalars is not None:
+        scalars = (jax.ShapeDtypeStruct((), operands.scalars.dtype),) * operands.scalars.size
+    return Operands(
+        logits=of(tiling.group, tiling.chunk, operands.logits.dtype),
+        labels=of(tiling.group, tiling.chunk, labels),
+        negatives=None if operands.negatives is None else of(tiling.group, tiling.chunk, labels),
+        vectors=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.vectors),
+        scalars=scalars,
+    )
 
-    def hand_on(logits: Array, labels: Array, scalars: Array | None) -> list[Any]:
-        bound = task.bind(scalars)
-        known, found = (), []
-        for stage in _stages(bound, tiling, labels.dtype, chip)[:-1]:
-            known = stage(known, Operands(logits, labels), None)
-            found.append(known)
-        return found
 
-    tile = (jax.ShapeDtypeStruct(extent, dtype) for dtype in (operands.logits.dtype, labels))
-    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, *tile, operands.scalars))
+def _aside(task: Task, tiling: TpuTiling, operands: Operands, ops: Ops) -> list[Any]:
+    """Memory for what the stages hand on, but for the last."""
+    shapes = _tile_of(task, tiling, operands)
+
+    def hand_on(tile: Operands) -> list[Any]:
+        carry, handed = (), []
+        for stage in _stages(task, tiling, shapes, ops)[:-1]:
+            carry = stage(carry, tile, None)
+            handed.append(carry)
+        return handed
+
+    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, shapes))
 
 
 def _quotient(n: Array, k: int) -> Array:
@@ -213,46 +233,65 @@ def _pack(ids, words, tiles: Array, pack: Callable[[Array, Array], Array]) -> No
     lax.fori_loop(jnp.int32(0), tiles, rows, None)
 
 
-def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, int], names, output_names, *refs):
-    """One block. The refs are the inputs and the outputs, in the order of their names, and the scratch."""
-    inputs = dict(zip(names, refs, strict=False))
-    outputs = dict(zip(output_names, refs[len(names) :], strict=False))
-    scratch, aside = refs[-2:]
+def _kernel(
+    task: Task,
+    tiling: TpuTiling,
+    ops: Ops,
+    shape: tuple[int, int],
+    tile_shape: Operands,
+    inputs: Operands,
+    outputs: Result,
+    scratch: _Scratch,
+):
+    """One block: of each operand [rows, classes], [1, classes] or, along the lanes, [1, rows]."""
     rows, classes = shape
     group, chunk = tiling.group, tiling.chunk
     i, j = pl.program_id(0), pl.program_id(1)
     groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
-    if "scalars" in inputs:
-        scalars = inputs.pop("scalars")
-        task = task.bind(scalars[0, k] for k in range(scalars.shape[1]))
-    stages = _stages(task, tiling, inputs["labels"].dtype, chip)
+    if inputs.scalars is not None:
+        scalars = inputs.scalars
+        inputs = inputs._replace(scalars=tuple(scalars[0, n] for n in range(scalars.shape[1])))
+    stages = _stages(task, tiling, tile_shape, ops)
 
     # The bit of the block's first 128 classes: the words are those of a group, which may have several blocks.
     first_bit = 0 if task.labels == "dense" else lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS))
-    words = scratch.pop("words", None)
-    if words is not None:
-        ids, inputs["labels"] = inputs["labels"], words
+    if task.labels == "sparse":
+        of_block = functools.partial(pack_tile, first=j * tiling.classes, classes=GROUP)
+
+        def make_words(_: str, ids: Any, words: Any) -> None:
+            if words is not None:
+                _pack(ids, words, _quotient(groups * group + (LANES - 1), LANES), of_block)
+
+        all_ids = inputs
 
         @pl.when(lax.rem(j, jnp.int32(tiling.blocks_of_words)) == 0)
         def _words():
-            tiles = _quotient(groups * group + (LANES - 1), LANES)
-            _pack(ids, words, tiles, functools.partial(pack_tile, first=j * tiling.classes, classes=GROUP))
+            all_ids.map(make_words, scratch.words)
 
-    for name in [n for n in scratch if n not in _SUMS and inputs[n].shape[0] > 1]:
-        # XLA's conversion runs where the block is read, which has to be at a fixed place.
-        converted = scratch.pop(name)
-        converted[...] = inputs[name][...]
-        inputs[name] = converted
+        inputs = inputs.map(lambda _, ref, words: ref if words is None else words, scratch.words)
 
-    if scratch:
+    def convert(_: str, ref: Any, converted: Any) -> Any:
+        """XLA's conversion runs where the block is read, which has to be at a fixed place."""
+        if converted is None:
+            return ref
+        converted[...] = ref[...]
+        return converted
+
+    inputs = inputs.map(convert, scratch.converted)
+
+    def spread(_: str, ref: Any, spread: Any) -> None:
+        """Lanes to rows: every lane of a row gets the row's number."""
+        if spread is not None:
+            spread[...] = jnp.broadcast_to(ref[...], (LANES, tiling.rows)).T
+
+    if jax.tree.leaves((scratch.spread, scratch.sums)):
 
         @pl.when(j == 0)
         def _start():
-            for name, ref in scratch.items():
-                if name in _SUMS:
+            inputs.map(spread, scratch.spread)
+            for ref in (scratch.sums, scratch.total, scratch.lost):
+                if ref is not None:
                     ref[...] = jnp.zeros_like(ref)
-                else:  # lanes to rows: every lane of a row gets the row's number
-                    ref[...] = jnp.broadcast_to(inputs[name][...], (LANES, tiling.rows)).T
 
     def rows_of(g):
         return pl.ds(pl.multiple_of(g * group, group), group)
@@ -260,34 +299,33 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
     def classes_of(c):
         return slice(None) if chunk == tiling.classes else pl.ds(pl.multiple_of(c * chunk, chunk), chunk)
 
-    def load(name: str, at: tuple[Any, Any]) -> Array:
-        if name in scratch:
-            return jnp.tile(scratch[name][at[0], :], (1, chunk // LANES))
-        ref = inputs[name]
-        return ref[tuple(part if n > 1 else slice(None) for part, n in zip(at, ref.shape, strict=True))]
-
     def tile_at(at: Position) -> Operands:
         g, c = at
         part = tiling.lying(rows_of(g), classes_of(c))
-        tile = {name: load(name, part) for name in inputs if name != "labels" or task.labels == "dense"}
-        if task.labels != "dense":
-            blocks = chunk // LANES
-            tile["labels"] = unpack_tile(inputs["labels"][rows_of(g), :], first_bit + c * blocks, blocks)
-        return Operands(**tile)
+
+        def load(name: str, ref: Any, spread: Any) -> Array:
+            if name in ENCODED and task.labels != "dense":
+                blocks = chunk // LANES
+                return unpack_tile(ref[rows_of(g), :], first_bit + c * blocks, blocks)
+            if spread is not None:
+                return jnp.tile(spread[rows_of(g), :], (1, chunk // LANES))
+            return ref[tuple(at if n > 1 else slice(None) for at, n in zip(part, ref.shape, strict=True))]
+
+        return inputs.map(load, scratch.spread)
 
     def store(at: Position, result: Result) -> None:
         g, c = at
         part = tiling.lying(rows_of(g), classes_of(c))
         if task.gradient:
-            outputs["gradient"][part] = result.gradient.astype(outputs["gradient"].dtype)
+            outputs.gradient[part] = result.gradient.astype(outputs.gradient.dtype)
         if task.value == "elements":
-            outputs["value"][part] = result.value
+            outputs.value[part] = result.value
         if task.value == "rows":
             of_rows = tiling.lying(rows_of(g), slice(None))
             parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
             first, *others = (result.value[part] for part in parts)
-            # To be read at the end: what a tile's sum began with would be in a register from the tile's beginning on.
-            scratch["sums"][of_rows] = scratch["sums"][of_rows] + sum(others, start=first)
+            # Load the accumulator last: loading it first keeps it live and spills.
+            scratch.sums[of_rows] = scratch.sums[of_rows] + sum(others, start=first)
 
     def walk(first: Array, last: Array, valid: Array | None) -> None:
         """All groups of the block, and of each the chunks from the first to before the last."""
@@ -300,17 +338,17 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
 
         def advance(tiles: list[Position]) -> None:
             """Takes each tile, the youngest first, through the next of its stages."""
-            known = [(), *([ref[...] for ref in refs] for refs in aside)]
-            found = [stage(k, tile_at(at), valid) for stage, k, at in zip(stages, known, tiles, strict=False)]
+            carries = [(), *(tuple(ref[...] for ref in refs) for refs in scratch.aside)]
+            found = [stage(carry, tile_at(at), valid) for stage, carry, at in zip(stages, carries, tiles, strict=False)]
             if len(tiles) == len(stages):
                 store(tiles[-1], found.pop())
-            for refs, arrays in zip(aside, found, strict=False):
+            for refs, arrays in zip(scratch.aside, found, strict=False):
                 for ref, array in zip(refs, arrays, strict=True):
                     ref[...] = array
 
         def in_flight(oldest: Position) -> list[Position]:
             tiles = [oldest]
-            for _ in aside:
+            for _ in scratch.aside:
                 tiles.insert(0, after(tiles[0]))
             return tiles
 
@@ -338,19 +376,20 @@ def _kernel(task: Task, tiling: TpuTiling, chip: Arithmetic, shape: tuple[int, i
             of_class = lax.broadcasted_iota(jnp.int32, tiling.lying(group, chunk), tiling.classes_axis)
             walk(whole, whole + 1, of_class < classes % chunk)
 
-    if "total" in scratch:
-        total, lost = scratch["total"], scratch["lost"]
+    if scratch.total is not None:
         blocks = tiling.blocks_of_a_sum(classes)
 
         @pl.when(jnp.logical_or(lax.rem(j, jnp.int32(blocks)) == blocks - 1, at_the_end))
         def _add_to_total():
-            total[...], lost[...] = add_exactly(total[...], lost[...], scratch["sums"][...])
-            scratch["sums"][...] = jnp.zeros_like(scratch["sums"])
+            scratch.total[...], scratch.lost[...] = add_exactly(
+                scratch.total[...], scratch.lost[...], scratch.sums[...]
+            )
+            scratch.sums[...] = jnp.zeros_like(scratch.sums)
 
-    if "sums" in scratch:
+    if task.value == "rows":
 
         @pl.when(at_the_end)
         def _finish():
-            sums = total_of(total[...], lost[...]) if "total" in scratch else scratch["sums"][...]
+            sums = scratch.sums[...] if scratch.total is None else total_of(scratch.total[...], scratch.lost[...])
             sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
-            outputs["value"][...] = task.losses(sums, chip)
+            outputs.value[...] = task.row_losses(sums, ops)

@@ -6,6 +6,7 @@ module for several platforms (jax.export) it lowers each branch for all of them,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -58,6 +59,19 @@ class _OfLeaves:
         like, functions = self.code(asked)
         return self._of_leaves(like), {name: self._of_leaves(function) for name, function in functions.items()}
 
+    def merged(self, leaves: list[Any], mapped: list[bool]) -> tuple[list[Any], _OfLeaves] | None:
+        """One call for all that vmap maps over, where the code knows how: its results lie along their first dimension.
+
+        Mapped leaves have the mapped dimension in front.
+        """
+        merge = getattr(self.code, "merged", None)
+        merged = merge and merge(jax.tree.unflatten(self.tree, leaves), jax.tree.unflatten(self.tree, mapped))
+        if not merged:
+            return None
+        operands, code = merged
+        leaves, tree = jax.tree.flatten(operands)
+        return leaves, _OfLeaves(code, tree)
+
     def _of_leaves(self, function: Callable[[Any], Any]) -> Callable[..., list[Any]]:
         return lambda *leaves: jax.tree.leaves(function(jax.tree.unflatten(self.tree, leaves)))
 
@@ -88,12 +102,27 @@ class _Batched:
 
 def _batch(leaves, dims, *, code, asked):
     moved = [leaf if dim is None else jnp.moveaxis(leaf, dim, 0) for leaf, dim in zip(leaves, dims, strict=True)]
-    batched = _Batched(code, tuple(None if dim is None else 0 for dim in dims))
-    found = _by_platform_p.bind(*moved, code=batched, asked=asked)
+    mapped = [dim is not None for dim in dims]
+    merged = code.merged(moved, mapped) if isinstance(code, _OfLeaves) else None
+    if merged is not None:
+        size = next(leaf.shape[0] for leaf, is_mapped in zip(moved, mapped, strict=True) if is_mapped)
+        merged_leaves, merged_code = merged
+        found = _by_platform_p.bind(*merged_leaves, code=merged_code, asked=asked)
+        found = [result.reshape(size, result.shape[0] // size, *result.shape[1:]) for result in found]
+    else:
+        batched = _Batched(code, tuple(0 if is_mapped else None for is_mapped in mapped))
+        found = _by_platform_p.bind(*moved, code=batched, asked=asked)
     return found, (0,) * len(found)
 
 
 batching.primitive_batchers[_by_platform_p] = _batch
+
+
+def _explained(error: Exception, code: Any) -> Exception:
+    """The error of a lowering, or what the code has to say about it."""
+    while not hasattr(code, "explain") and hasattr(code, "code"):
+        code = code.code
+    return code.explain(error) if hasattr(code, "explain") else error
 
 
 def _without_unused(used, equation):
@@ -121,11 +150,18 @@ def _lowering(platform: str) -> Callable[..., Any]:
 
     lower = mlir.lower_fun(run, multiple_results=True)
 
-    def rule(*context_and_leaves, **parameters):
-        if platform != "cuda":
-            return lower(*context_and_leaves, **parameters)
-        with quiet_triton(), some_cuda_device():
-            return lower(*context_and_leaves, **parameters)
+    def rule(*context_and_leaves, code, asked):
+        with contextlib.ExitStack() as stack:
+            if platform == "cuda":
+                stack.enter_context(quiet_triton())
+                stack.enter_context(some_cuda_device())
+            try:
+                return lower(*context_and_leaves, code=code, asked=asked)
+            except Exception as error:
+                said = _explained(error, code)
+                if said is error:  # which must not become its own cause
+                    raise
+                raise said from error
 
     return rule
 

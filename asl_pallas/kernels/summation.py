@@ -56,8 +56,11 @@ def _sum_rows(x: Array, axis: int) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_over(x: Array, axes: tuple[int, ...]) -> Array:
     """jnp.sum over the axes, on the CPU by `sum_last`. The reductions of accelerators are trees already."""
-    if not axes or math.prod(x.shape[axis] for axis in axes) <= GROUP_OF_A_SUM or any(jax.typeof(x).sharding.spec):
-        return jnp.sum(x, axes)  # of an array on Explicit mesh axes no dimension may be reshaped
+    sizes = [x.shape[axis] for axis in axes]
+    is_small = all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= GROUP_OF_A_SUM
+    # Of an array on Explicit mesh axes no dimension may be reshaped, and of a symbolic one no size is known.
+    if not axes or is_small or not all(isinstance(n, int) for n in x.shape) or any(jax.typeof(x).sharding.spec):
+        return jnp.sum(x, axes)
     return by_platform(x, _SumCode(axes))
 
 

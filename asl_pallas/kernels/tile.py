@@ -1,4 +1,4 @@
-"""What a kernel does with a tile, whatever moved it there: labels, masks and weights around the formula.
+"""What a kernel does with a tile, whatever moved it there: labels, masks and weights around the loss.
 
 Every kernel loads tiles of its operands and hands them to `Task.evaluate`; no kernel decodes a label or applies a mask
 itself.
@@ -17,13 +17,10 @@ import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.formula import EXACT, Arithmetic, Formula, evaluate
-from asl_pallas.formula import Step as FormulaStep
+from asl_pallas.losses.base import EXACT, ElementwiseLoss, Label, Ops
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]
-# A part of a task: of what the part before it returned, a tile's operands, which of its elements are valid, the chip.
-Step = Callable[[Any, "Operands", "Array | None", Arithmetic], Any]
 
 
 class Operands(NamedTuple):
@@ -31,24 +28,49 @@ class Operands(NamedTuple):
 
     logits: (rows, classes).
     labels: (rows, classes), or in the task's other forms (rows, words) or (rows, k).
-    where, weights: (rows, classes), (1, classes) or (rows, 1).
-    pos_weight: (1, classes).
+    negatives: with labels in another form that have a third state, the annotated negatives in the same form.
+    where, weights, pos_weight: (rows, classes), (1, classes) or (rows, 1).
     cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
     rounded to the logits' dtype.
-    scalars: (n,), the traced hyper-parameters in the formula's order.
+    vectors: (1, classes) each, the hyper-parameters that have a value per class, in the loss's order.
+    scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
+
+    A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
     """
 
-    logits: Array
-    labels: Array
-    where: Array | None = None
-    weights: Array | None = None
-    pos_weight: Array | None = None
-    cotangent: Array | None = None
-    scalars: Array | None = None
+    logits: Any
+    labels: Any
+    where: Any = None
+    weights: Any = None
+    pos_weight: Any = None
+    cotangent: Any = None
+    negatives: Any = None
+    vectors: tuple[Any, ...] = ()
+    scalars: Any = None
 
-    def arrays(self) -> dict[str, Array]:
-        """By name, what a tile has a part of: all that the call has, but for the scalars."""
-        return {name: array for name, array in self._asdict().items() if array is not None and name != "scalars"}
+    def map(self, function: Callable[..., Any], *others: Operands) -> Operands:
+        """function(name, array, *the others' own) in the place of each array that a tile has a part of.
+
+        The scalars stay as they are. Entries of `vectors` share that name.
+        """
+
+        def of(name: str, value: Any, *parts: Any) -> Any:
+            return None if value is None else function(name, value, *parts)
+
+        mapped = {name: of(name, getattr(self, name), *(getattr(o, name) for o in others)) for name in _BY_TILE}
+        vectors = zip(self.vectors, *(other.vectors for other in others), strict=True)
+        return Operands(**mapped, vectors=tuple(of("vectors", *parts) for parts in vectors), scalars=self.scalars)
+
+    def arrays(self) -> list[tuple[str, Any]]:
+        """Each with its name: what a tile has a part of."""
+        found: list[tuple[str, Any]] = []
+        self.map(lambda name, array: found.append((name, array)))
+        return found
+
+
+_BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
+# Operands that are words or ids where the task's labels aren't dense.
+ENCODED = ("labels", "negatives")
 
 
 class Result(NamedTuple):
@@ -65,7 +87,7 @@ class Result(NamedTuple):
 class Task:
     """The static half of a call: hashable, so that one compilation serves all calls that agree on it."""
 
-    formula: Formula
+    loss: ElementwiseLoss
     value: Literal["rows", "elements"] | None
     gradient: bool
     ignore_label: int | None = None
@@ -73,75 +95,126 @@ class Task:
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
 
-    def bind(self, scalars: Any) -> Task:
-        """The task with its traced hyper-parameters filled in: no longer hashable, ready to be evaluated."""
-        return self if scalars is None else dataclasses.replace(self, formula=self.formula.bind(tuple(scalars)))
+    @property
+    def kernel_name(self) -> str:
+        """As profilers show it."""
+        results = (["value"] if self.value else []) + (["gradient"] if self.gradient else [])
+        return "asl_pallas_" + "_and_".join(results)
 
-    def evaluate(self, tile: Operands, valid: Array | None = None, chip: Arithmetic = EXACT) -> Result:
-        """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where left out.
+    def evaluate(self, tile: Operands, valid: Array | None = None, ops: Ops = EXACT) -> Result:
+        """Loss and gradient of each element of a tile, in the compute dtype; exactly 0 where masked.
 
         Args:
           tile: operands of one tile, each broadcastable to the logits' tile; labels of another form as `positives`
-            gives them.
+            gives them; the scalars as numbers or an array of them.
           valid: False for what lies beyond the array's edge.
-          chip: its way of doing the arithmetic.
+          ops: the backend's arithmetic.
         """
-        known: Any = ()
-        for step in self.steps(tile.labels.dtype):
-            known = step(known, tile, valid, chip)
-        return known
+        scalars = () if tile.scalars is None else tuple(tile.scalars)
+        loss = self.loss.bind(scalars, tile.vectors)
+        x, labels, keep = self._read(tile, valid)
+        if self.is_soft(tile.labels.dtype):
+            tile = _without_left_out(tile._replace(labels=labels), keep, ops)
+            return self._weighted(self._mixed(loss, x, tile, ops), tile, keep)
+        label = self._label_of(labels, tile.negatives)
+        result = self._of_loss(loss, x, label, ops)
+        tile = _without_left_out(tile, keep, ops)
+        if tile.pos_weight is not None:
+            weight, positive = tile.pos_weight, loss.relabel(x, label, ops).positive
+            result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
+        return self._weighted(result, tile, keep)
 
-    def steps(self, labels: jnp.dtype) -> tuple[Step, ...]:
-        """`evaluate` in parts: each takes what the one before it returned, and `evaluate`'s arguments."""
-        if self.is_soft(labels):
-            return (self._soft,)
-        *steps, last = self.formula.steps(self.gradient)
-        return *(functools.partial(self._begin, step) for step in steps), functools.partial(self._finish, last)
+    def cuts(self, tile: Operands, ops: Ops = EXACT) -> int:
+        """How many places the loss has where a kernel may go over to another tile."""
+        passed = 0
+
+        def count(*values: Any) -> tuple[Any, ...]:
+            nonlocal passed
+            passed += 1
+            return values
+
+        if self.is_soft(tile.labels.dtype):
+            return 0  # both sides are evaluated, and each has its own
+        jax.eval_shape(lambda tile: self.evaluate(tile, None, dataclasses.replace(ops, cut=count)), tile)
+        return passed
+
+    def until_cut(self, cut: int, tile: Operands, valid: Array | None, ops: Ops) -> tuple[Any, ...]:
+        """The values at the loss's cut of that number, counted from 1; nothing after it is computed."""
+        passed = 0
+
+        def stop(*values: Any) -> tuple[Any, ...]:
+            nonlocal passed
+            passed += 1
+            if passed == cut:
+                raise _Stopped(values)
+            return values
+
+        try:
+            self.evaluate(tile, valid, dataclasses.replace(ops, cut=stop))
+        except _Stopped as stopped:
+            return stopped.values
+        raise ValueError(f"{self.loss!r} has {passed} cuts, and {cut} were counted")
+
+    def from_cut(self, cut: int, values: tuple[Any, ...], tile: Operands, valid: Array | None, ops: Ops) -> Result:
+        """`evaluate` with what `until_cut` has returned. What comes before is traced, and dropped by the compiler."""
+        passed = 0
+
+        def resume(*computed: Any) -> tuple[Any, ...]:
+            nonlocal passed
+            passed += 1
+            return tuple(values) if passed == cut else computed
+
+        return self.evaluate(tile, valid, dataclasses.replace(ops, cut=resume))
 
     def is_soft(self, labels: jnp.dtype) -> bool:
         """Whether an element may be both: each side is evaluated, and they are mixed."""
-        return jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
+        may_be_both = jnp.issubdtype(labels, jnp.floating) or self.label_smoothing != 0
+        return may_be_both and self.loss.mixes_soft_labels
 
     def needs_elements(self, operands: Operands) -> bool:
-        """Whether a loss has to be right by itself, and not their sums over the classes alone."""
+        """Whether each element's loss has to be right, and not just the sums over the classes."""
         if self.value != "rows":
             return self.value == "elements"
         weighted = operands.weights is not None or operands.pos_weight is not None
         return weighted or self.is_soft(operands.labels.dtype)
 
-    def losses(self, sums: Array, chip: Arithmetic) -> Array:
-        """The rows' losses from sums of those that a chip may have left without a sign (`Arithmetic.by_element`)."""
-        if chip.by_element:
+    def row_losses(self, sums: Array, ops: Ops) -> Array:
+        """The losses per row from sums of elements that may not be `Ops.signed_per_element`."""
+        if ops.signed_per_element:
             return sums
-        sums = sums * self.formula.sign(self.gradient)
-        if not getattr(self.formula, "non_negative", False):
+        sums = sums * self.loss.sign(self.gradient)
+        if not self.loss.non_negative:
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
 
-    def _begin(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Any:
-        x, labels, _ = self._read(tile, valid)
-        return step(known, x, _is_positive(labels), chip)
-
-    def _finish(self, step: FormulaStep, known: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
-        x, labels, keep = self._read(tile, valid)
+    def _label_of(self, labels: Array, negatives: Array | None) -> Label:
+        """Of hard labels, and of soft ones that aren't mixed."""
+        if negatives is not None:
+            positive = _is_positive(labels)
+            return Label(positive, jnp.logical_not(jnp.logical_or(positive, _is_positive(negatives))))
+        if jnp.issubdtype(labels.dtype, jnp.floating):
+            return Label(labels > 0.0, target=_between_0_and_1(labels))
+        third = self.loss.third_state
+        if third is None or labels.dtype == jnp.bool_:
+            return Label(_is_positive(labels))
+        unannotated = labels == np.asarray(third).astype(labels.dtype)[()]
         positive = _is_positive(labels)
-        result = self._asked(step(known, x, positive, chip))
-        tile = _without_left_out(tile, keep, chip)
-        if tile.pos_weight is not None:
-            weight = tile.pos_weight
-            result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
-        return self._weighted(result, tile, keep)
+        return Label(jnp.logical_and(positive, labels == 1) if third > 0 else positive, unannotated)
 
-    def _soft(self, _: Any, tile: Operands, valid: Array | None, chip: Arithmetic) -> Result:
-        x, labels, keep = self._read(tile, valid)
-        tile = _without_left_out(tile._replace(labels=labels), keep, chip)
+    def _of_loss(self, loss: ElementwiseLoss, x: Array, label: Label, ops: Ops) -> Result:
+        if not self.gradient:
+            return Result(loss.value(x, label, ops), None)
+        value, gradient = loss.value_and_slope(x, label, ops)
+        return Result(None if self.value is None else value, gradient)
+
+    def _mixed(self, loss: ElementwiseLoss, x: Array, tile: Operands, ops: Ops) -> Result:
+        """Both sides, weighted by the label."""
         labels = tile.labels
         y = _is_positive(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
-            # No label: the formula would give a number without meaning, a negative loss too.
-            y = jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
-        sides = (evaluate(self.formula, x, positive, chip, self.gradient) for positive in (True, False))
-        of_positive, of_negative = (self._asked(side) for side in sides)
+            y = _between_0_and_1(labels)
+        of_positive, of_negative = (self._of_loss(loss, x, Label(positive), ops) for positive in (True, False))
+        taken_for_positive = loss.relabel(x, Label(False), ops).positive
 
         def mix(yes: Array, no: Array) -> Array:
             y_plus = y.astype(yes.dtype)
@@ -152,10 +225,13 @@ class Task:
             yes = _unless_infinite(y_plus, yes)
             no = _unless_infinite(y_minus, no)
             if tile.pos_weight is not None:
-                yes = _unless_infinite(y_plus, tile.pos_weight.astype(yes.dtype)) * yes
+                weight = tile.pos_weight.astype(yes.dtype)
+                yes = _unless_infinite(y_plus, weight) * yes
+                if taken_for_positive is not False:
+                    no = jnp.where(taken_for_positive, _unless_infinite(y_minus, weight), 1.0) * no
             return y_plus * yes + y_minus * no
 
-        return self._weighted(jax.tree.map(mix, of_positive, of_negative), tile, keep)
+        return jax.tree.map(mix, of_positive, of_negative)
 
     def _read(self, tile: Operands, valid: Array | None) -> tuple[Array, Array, Array | None]:
         """Logits in the compute dtype, labels that can be compared, and which elements count, None for all."""
@@ -173,10 +249,6 @@ class Task:
         # Before the formula as well as after it, or a masked NaN returns through the derivative of a select.
         return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
 
-    def _asked(self, found: tuple[Array, ...]) -> Result:
-        value, *gradient = found
-        return Result(None if self.value is None else value, gradient[0] if self.gradient else None)
-
     def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
         value, gradient = result
         if tile.weights is not None:
@@ -191,32 +263,43 @@ class Task:
         return Result(value, gradient)
 
 
+class _Stopped(Exception):
+    """Ends an evaluation at a cut."""
+
+    def __init__(self, values: tuple[Any, ...]):
+        super().__init__()
+        self.values = values
+
+
 def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
     """float32, or float64 for float64 logits."""
     return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)
 
 
-def _without_left_out(tile: Operands, keep: Array | None, chip: Arithmetic) -> Operands:
+def _without_left_out(tile: Operands, keep: Array | None, ops: Ops) -> Operands:
     """Soft labels and weights with 0 where an element is left out, for JAX to differentiate with respect to them.
 
     A NaN among them would go into the derivative of their product, whatever is selected after it.
     """
-    if keep is None or not chip.differentiable:
+    if keep is None or not ops.differentiable:
         return tile
 
-    factors = {name: getattr(tile, name) for name in ("labels", "weights", "pos_weight")}
-    return tile._replace(
-        **{
-            name: jnp.where(keep, array, jnp.zeros_like(array))
-            for name, array in factors.items()
-            if array is not None and jnp.issubdtype(array.dtype, jnp.floating)
-        }
-    )
+    def kept(array: Any) -> Any:
+        if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
+            return array
+        return jnp.where(keep, array, jnp.zeros_like(array))
+
+    return tile._replace(labels=kept(tile.labels), weights=kept(tile.weights), pos_weight=kept(tile.pos_weight))
 
 
 def _unless_infinite(share: Array, x: Array) -> Array:
     """x, and 0 where it is infinite and has no share in the loss."""
     return jnp.where(jnp.logical_and(share == 0.0, x == jnp.inf), 0.0, x)
+
+
+def _between_0_and_1(labels: Array) -> Array:
+    """Soft labels; NaN for what is none: a loss would give a number without meaning, below 0 too."""
+    return jnp.where(jnp.logical_and(labels >= 0.0, labels <= 1.0), labels, jnp.nan)
 
 
 def _is_positive(labels: Array) -> Array:

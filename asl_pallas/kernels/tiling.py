@@ -17,7 +17,7 @@ from typing import Any
 
 from asl_pallas.bits import GROUP
 from asl_pallas.kernels.platforms import tpu_generation
-from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Task, compute_dtype
 
 LANES = 128
 SUBLANES = 8
@@ -38,13 +38,13 @@ _TPU_CONVERTED_BLOCK_BYTES = 4 * 2**20
 # a microsecond to start, so there is a least size too.
 _TPU_BALANCED_BYTES = 3 * 2**18
 _TPU_LEAST_BLOCK_BYTES = 2 * 2**20
-# How many of the formula's steps the first of a tile's two stages has, and what the tile may fill: registers of 1024
-# elements. More of them spill; fewer leave a larger share idle at a turn's beginning and end, which take as long as two
-# registers. On a v5 the reciprocal of 1 - m is refined, and belongs to the first stage. Soft labels have one step.
+# The loss's cut at which the first of a tile's two stages ends, and how many registers of 1024 elements a tile may
+# fill. More of them spill; fewer leave a larger share idle at a turn's beginning and end, which take as long as two
+# registers. On a v5 the reciprocal of 1 - m is refined, and belongs to the first stage. Soft labels have one stage.
 _TPU_VALUE = 2, 16
 _TPU_GRADIENT = 2, 16
 _TPU_GRADIENT_REFINED = 3, 12
-_TPU_SOFT = 1, 64
+_TPU_SOFT = 0, 64
 _TPU_IDLE_REGISTERS = 2
 # Tiles of a row whose losses are added up one after the other, before their sum is one of several: that bounds the
 # rounding error.
@@ -115,7 +115,7 @@ class TpuTiling:
     group: int
     chunk: int
     turned: bool = False  # rows along the lanes, classes along the sublanes
-    first: int = 1  # how many of the formula's steps the first of two stages has, if there are more
+    cut: int = 0  # of the loss, at which the first of two stages ends; 0 for one stage
 
     def lying(self, of_rows: Any, of_classes: Any) -> tuple[Any, Any]:
         """Something of the rows and something of the classes, in the order in which their dimensions lie."""
@@ -175,8 +175,8 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     rows, classes = operands.logits.shape
     full = [
         operand
-        for name, operand in operands.arrays().items()
-        if operand.shape == (rows, classes) and (name != "labels" or task.labels == "dense")
+        for name, operand in operands.arrays()
+        if operand.shape == (rows, classes) and (name not in ENCODED or task.labels == "dense")
     ]
     element_bytes = sum(operand.dtype.itemsize for operand in full)
     if task.gradient:
@@ -186,11 +186,11 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
     if task.value == "elements":
         element_bytes += compute_dtype(operands.logits.dtype).itemsize
     if task.is_soft(operands.labels.dtype):
-        first, registers = _TPU_SOFT
+        cut, registers = _TPU_SOFT
     elif task.gradient:
-        first, registers = _TPU_GRADIENT_REFINED if tpu_refines() else _TPU_GRADIENT
+        cut, registers = _TPU_GRADIENT_REFINED if tpu_refines() else _TPU_GRADIENT
     else:
-        first, registers = _TPU_VALUE
+        cut, registers = _TPU_VALUE
     turned = task.labels == "dense" and tpu_turned(rows, classes)
     balanced = math.isqrt(rows * classes * element_bytes * _TPU_BALANCED_BYTES)
     largest = _TPU_CONVERTED_BLOCK_BYTES if converted else _TPU_BLOCK_BYTES
@@ -204,7 +204,7 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         block_rows = max(min(_round_up(rows, least), _TPU_TURNED_ROWS // least * least), least)
         block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
         block_rows = min(_round_up(rows, least), max(most // block_classes // least * least, least))
-        return TpuTiling(block_rows, block_classes, group, chunk, True, first)
+        return TpuTiling(block_rows, block_classes, group, chunk, True, cut)
     # Rows that aren't there take room, but no time to copy.
     block_bytes = min(block_bytes * least // min(rows, least), largest)
     most = block_bytes // (2 * element_bytes)
@@ -216,11 +216,12 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         block_classes = 1 << (block_classes.bit_length() - 1)
     row_bytes = 2 * element_bytes * block_classes
     if task.labels == "packed":
-        row_bytes += 2 * LANES * 4  # a group's words
+        row_bytes += 2 * LANES * 4 * (1 + (operands.negatives is not None))  # a group's words
     if task.labels == "sparse":
-        row_bytes += 2 * tpu_ids(operands.labels.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
+        for ids in filter(lambda ids: ids is not None, (operands.labels, operands.negatives)):
+            row_bytes += 2 * tpu_ids(ids.shape[1]) * 4 + LANES * 4  # the ids, and room for the words
     block_rows = max(block_bytes // row_bytes // least * least, least)
-    return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk, False, first)
+    return TpuTiling(min(block_rows, _round_up(rows, least)), block_classes, group, chunk, False, cut)
 
 
 def _rows_of_block(group: int) -> int:
@@ -343,7 +344,7 @@ def cpu_tiling(rows: int, classes: int) -> CpuTiling | None:
 def head_chunk(rows: int, classes: int) -> int:
     """Classes of a linear head at a time: logits and gradient in float32 are what has to fit."""
     chunk = _HEAD_CLASSES
-    while chunk > LANES and 4 * rows * chunk > _HEAD_BYTES:
+    while isinstance(rows, int) and chunk > LANES and 4 * rows * chunk > _HEAD_BYTES:
         chunk //= 2
     return min(chunk, max(1, classes))
 

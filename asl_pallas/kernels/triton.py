@@ -25,10 +25,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
-from asl_pallas.formula import EXACT, Arithmetic
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
+from asl_pallas.losses.base import EXACT, Ops
 
 
 def _instruction(name: str, *numbers: Any) -> Array:
@@ -47,15 +47,15 @@ def _instruction(name: str, *numbers: Any) -> Array:
 # What Triton makes of jnp.exp, jnp.log, quotients and selects is some 50 instructions an element, and these are 11. By
 # NVIDIA's PTX manual they err by at most 2^-22, the reciprocal by a unit in the last place; tests/test_formula.py lets
 # them err so and finds loss and gradient within the bound.
-_GPU = Arithmetic(
+_GPU = Ops(
     exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
     log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
     reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
-    at_least=functools.partial(_instruction, "max.NaN.f32"),
-    at_most=functools.partial(_instruction, "min.NaN.f32"),
+    maximum=functools.partial(_instruction, "max.NaN.f32"),
+    minimum=functools.partial(_instruction, "min.NaN.f32"),
     multiply_add=functools.partial(_instruction, "fma.rn.f32"),
     negate=lambda condition, x: jnp.where(condition, -x, x),
-    factors=True,
+    share_power=True,
     differentiable=False,
 )
 
@@ -75,40 +75,47 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     tiling = tile(rows, _width(classes, flat))
     spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
-    chip = dataclasses.replace(EXACT if interpret else _GPU, by_element=task.needs_elements(operands))
+    ops = dataclasses.replace(EXACT if interpret else _GPU, signed_per_element=task.needs_elements(operands))
     whole = _stores_whole_vectors(task, operands)
 
-    if task.labels == "sparse" and operands.labels.shape[1] == 0:
-        operands = operands._replace(labels=jnp.full((rows, 1), PADDING, jnp.int32))
-    arrays = {name: array for name, array in operands._asdict().items() if array is not None}
-    outputs = {}
-    if task.value == "rows":
-        outputs["value"] = result_like(operands.logits, (rows, spans), dtype)
-    elif task.value == "elements":
-        outputs["value"] = result_like(operands.logits, (rows, classes), dtype)
+    if task.labels == "sparse":
+
+        def at_least_one(name: str, array: Array) -> Array:
+            is_empty = name in ENCODED and array.shape[1] == 0
+            return jnp.full((rows, 1), PADDING, jnp.int32) if is_empty else array
+
+        operands = operands.map(at_least_one)
+
+    def flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (rows * classes,) if flat and shape == (rows, classes) else shape
+
+    def in_memory(name: str, array: Array) -> Array:
+        # As many ids as classes, say, are no labels per element.
+        return array if name in ENCODED and task.labels != "dense" else array.reshape(flattened(array.shape))
+
+    results = Result(None, None)
+    if task.value is not None:
+        shape = (rows, spans) if task.value == "rows" else flattened((rows, classes))
+        results = results._replace(value=result_like(operands.logits, shape, dtype))
     if task.gradient:
-        outputs["gradient"] = result_like(operands.logits, (rows, classes), operands.logits.dtype)
-
-    # As many ids as classes, say, are no labels per element.
-    by_element = {"labels": task.labels == "dense", "value": task.value == "elements"}
-
-    def lying(name, shape):
-        return (rows * classes,) if flat and shape == (rows, classes) and by_element.get(name, True) else shape
-
-    results = pl.pallas_call(
-        functools.partial(_kernel, task, tuple(arrays), tuple(outputs), tiling, (rows, classes), flat, whole, chip),
+        results = results._replace(
+            gradient=result_like(operands.logits, flattened((rows, classes)), operands.logits.dtype)
+        )
+    ((value, gradient),) = pl.pallas_call(
+        functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
-        out_shape=[result_like(operands.logits, lying(name, o.shape), o.dtype) for name, o in outputs.items()],
+        out_shape=[results],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         # Safe in one pass: an element is read before its own gradient is written, and what others read of it is masked.
-        input_output_aliases={0: list(outputs).index("gradient")} if task.gradient and task.donate_logits else {},
+        input_output_aliases={0: int(task.value is not None)} if task.gradient and task.donate_logits else {},
         interpret=interpret,
-        name="asl_pallas_" + "_and_".join(outputs),
-    )(*(array.reshape(lying(name, array.shape)) for name, array in arrays.items()))
-    found = {name: result.reshape(outputs[name].shape) for name, result in zip(outputs, results, strict=True)}
+        name=task.kernel_name,
+    )(operands.map(in_memory))
     if task.value == "rows":
-        found["value"] = task.losses(jnp.sum(found["value"], axis=1), chip)
-    return Result(found.get("value"), found.get("gradient"))
+        value = task.row_losses(jnp.sum(value, axis=1), ops)
+    elif task.value is not None:
+        value = value.reshape(rows, classes)
+    return Result(value, gradient.reshape(rows, classes) if task.gradient else None)
 
 
 def _is_flat(rows: int, classes: int, tile: Callable[[int, int], TritonTiling]) -> bool:
@@ -132,7 +139,7 @@ def _stores_whole_vectors(task: Task, operands: Operands) -> bool:
 
     It comes out as in their own programs, if nothing is but by element; and must not have been written over before.
     """
-    by_element = all(array.shape == operands.logits.shape for array in operands.arrays().values())
+    by_element = all(array.shape == operands.logits.shape for _, array in operands.arrays())
     return task.labels == "dense" and by_element and not task.donate_logits
 
 
@@ -141,9 +148,17 @@ def _width(classes: int, flat: bool) -> int:
     return classes + (_VECTOR - 1 if flat else 0)
 
 
-def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool, whole: bool, chip: Arithmetic, *refs):
-    inputs = dict(zip(names, refs, strict=False))
-    out = dict(zip(outputs, refs[len(names) :], strict=True))
+def _kernel(
+    task: Task,
+    tiling: TritonTiling,
+    shape: tuple[int, int],
+    flat: bool,
+    whole: bool,
+    ops: Ops,
+    inputs: Operands,
+    outputs: Result,
+):
+    """One program. The references are whole arrays: [rows, classes], flat or not, [1, classes] or [rows, 1]."""
     rows, classes = shape
     i, j = pl.program_id(0), pl.program_id(1)
     at_rows = pl.ds(i * tiling.rows, tiling.rows)
@@ -157,14 +172,16 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
         vector = lax.div(row_start, jnp.int32(_VECTOR))
         before = row_start - vector * _VECTOR  # elements that the first chunk has of the row above
 
-    if "scalars" in inputs:
-        scalars = inputs.pop("scalars")
-        task = task.bind(scalars[k] for k in range(scalars.shape[0]))
+    if inputs.scalars is not None:
+        scalars = inputs.scalars
+        inputs = inputs._replace(scalars=tuple(scalars[n] for n in range(scalars.shape[0])))
 
-    few_labels = None
+    decoders: dict[str, Callable[..., Array]] = {}
     if task.labels != "dense":
         form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
-        few_labels = form(inputs.pop("labels"), tiling, i * tiling.rows, row_exists, before)
+        for name in ENCODED:
+            if (ref := getattr(inputs, name)) is not None:
+                decoders[name] = form(ref, tiling, i * tiling.rows, row_exists, before)
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
@@ -196,7 +213,9 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
             mask = _all(row_exists if by_row else None, class_exists if by_class else None)
             return index, None if mask is None else jnp.broadcast_to(mask, tile)
 
-        def load(ref):
+        def load(name, ref):
+            if name in decoders:
+                return decoders[name](c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
             index, mask = place(ref, stored=False)
             other = None if mask is None else jnp.zeros((), ref.dtype)
             return plgpu.load(ref.at[index], mask=mask, other=other)
@@ -205,15 +224,12 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
             index, mask = place(ref, stored=True)
             plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
 
-        tile = {name: load(ref) for name, ref in inputs.items()}
-        if few_labels is not None:
-            tile["labels"] = few_labels(c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
         neighbours = edge and flat and whole
-        result = task.evaluate(Operands(**tile), None if neighbours else class_exists, chip)
+        result = task.evaluate(inputs.map(load), None if neighbours else class_exists, ops)
         if task.gradient:
-            store(out["gradient"], result.gradient)
+            store(outputs.gradient, result.gradient)
         if task.value == "elements":
-            store(out["value"], result.value)
+            store(outputs.value, result.value)
         if task.value != "rows":
             return partial
         return partial + (jnp.where(class_exists, result.value, 0.0) if neighbours else result.value)
@@ -239,7 +255,7 @@ def _kernel(task: Task, names, outputs, tiling: TritonTiling, shape, flat: bool,
         )
     if task.value == "rows":
         index = (at_rows, pl.ds(j, 1))
-        plgpu.store(out["value"].at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)
+        plgpu.store(outputs.value.at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)
 
 
 def _all(*masks: Any) -> Any:

@@ -146,7 +146,7 @@ def mosaic_gpu_module() -> Any:
 
 def mosaic_gpu_kernel(
     body: Callable[..., None],
-    results: Any,
+    results: Any,  # a pytree, which the body gets as one argument after its operands'
     scratch: dict[str, Any],
     programs: int,
     name: str,
@@ -155,9 +155,9 @@ def mosaic_gpu_kernel(
 ) -> Callable[..., Any]:
     """A Mosaic GPU kernel whose programs, a warpgroup each, know their number as the axis "program"; from 0.11."""
     plgpu = mosaic_gpu_module()
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         body,
-        out_type=results,
+        out_type=[results],
         scratch_types=scratch,
         grid=(programs,),
         grid_names=("program",),
@@ -167,3 +167,4 @@ def mosaic_gpu_kernel(
         ),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
+    return lambda *operands: kernel(*operands)[0]

@@ -9,21 +9,22 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
-from asl_pallas.formula import EXACT, Arithmetic
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, positives
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
+from asl_pallas.losses.base import EXACT, Ops
 
-CPU = Arithmetic(log=log, factors=True, differentiable=False, from_the_logit=True)
+CPU = Ops(log=log, share_power=True, differentiable=False, reload_logit=True)
 _UNPACKED = 1024  # classes
 
 
-def run(task: Task, operands: Operands, chip: Arithmetic = EXACT) -> Result:
+def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
-    operands = operands._replace(labels=positives(task.labels, operands.labels, operands.logits.shape[-1]))
-    value, gradient = task.bind(operands.scalars).evaluate(operands, chip=chip)
+    classes = operands.logits.shape[-1]
+    operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
+    value, gradient = task.evaluate(operands, ops=ops)
     if task.value == "rows":
         value = sum_over(value, (value.ndim - 1,))
     if task.gradient:
@@ -42,8 +43,9 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     tiling = cpu_tiling(*operands.logits.shape)
     if task.labels == "sparse":
         # Words are a thirty-second of the logits, and would be made twice otherwise.
-        words = pack_ids(operands.labels, operands.logits.shape[-1])
-        task, operands = dataclasses.replace(task, labels="packed"), operands._replace(labels=words)
+        classes = operands.logits.shape[-1]
+        operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)
+        task = dataclasses.replace(task, labels="packed")
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
     if tiling is None or (one_result and not packed):
@@ -56,8 +58,8 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         if packed:
             gradient = _by_blocks(alone, operands, tiling)
         else:
-            chip = dataclasses.replace(CPU, by_element=alone.needs_elements(operands))
-            gradient = run(alone, operands if value is None else _after(value, operands), chip).gradient
+            ops = dataclasses.replace(CPU, signed_per_element=alone.needs_elements(operands))
+            gradient = run(alone, operands if value is None else _after(value, operands), ops).gradient
     return Result(value, gradient)
 
 
@@ -78,8 +80,8 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     packed = task.labels == "packed"
     sums = task.value == "rows"
     dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
-    chip = dataclasses.replace(CPU, by_element=task.needs_elements(operands))
-    by_element = dataclasses.replace(task.bind(operands.scalars), value=None if task.gradient else "elements")
+    ops = dataclasses.replace(CPU, signed_per_element=task.needs_elements(operands))
+    by_element = dataclasses.replace(task, value=None if task.gradient else "elements")
 
     # Whole groups of a sum: to fill them up, XLA would copy the losses.
     width = min(math.ceil(tiling.classes / tiling.pieces / GROUP_OF_A_SUM) * GROUP_OF_A_SUM, tiling.classes)
@@ -96,19 +98,25 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         row = least(i * tiling.rows, rows - tiling.rows)
         column = least(j * tiling.classes, classes - tiling.classes)
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
-        arrays, row = lax.optimization_barrier((operands.arrays(), row))
-        labels = None
-        if packed:
-            words = lax.dynamic_slice(arrays.pop("labels"), (row, 0), (tiling.rows, operands.labels.shape[1]))
+        arrays, row = lax.optimization_barrier((operands, row))
+
+        def unpacked(words: Array) -> Array:
+            words = lax.dynamic_slice(words, (row, 0), (tiling.rows, words.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
-            labels = _unpacked(words, tiling.classes)
+            return _unpacked(words, tiling.classes)
+
+        in_cache = {}
+        if packed:
+            in_cache = {name: unpacked(words) for name, words in arrays.arrays() if name in ENCODED}
 
         def evaluate(start: int, columns: int) -> Result:
-            parts = {name: at(array, row, column + start, columns) for name, array in arrays.items()}
-            if labels is not None:
-                parts["labels"] = at(labels, 0, start, columns)
-            return by_element.evaluate(Operands(**parts), chip=chip)
+            def part(name: str, array: Array) -> Array:
+                if name in in_cache:
+                    return at(in_cache[name], 0, start, columns)
+                return at(array, row, column + start, columns)
+
+            return by_element.evaluate(arrays.map(part), ops=ops)
 
         if not sums:
             found = evaluate(0, tiling.classes)
@@ -135,7 +143,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     start = jnp.zeros((rows, columns if sums else classes), dtype)
     result = lax.fori_loop(0, math.ceil(rows / tiling.rows), blocks_of_rows, start)
-    return task.losses(sum_last(result), chip) if sums else result
+    return task.row_losses(sum_last(result), ops) if sums else result
 
 
 def _unpacked(words: Array, classes: int) -> Array:
