@@ -434,7 +434,7 @@ NOT_FOR_JAX = [
 
 
 def call_of(changes: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    options = {name: jnp.ones(6) if isinstance(v, str) and v == "jnp.ones(7)" else v for name, v in changes.items()}
+    options = {name: jnp.ones(7) if isinstance(v, str) and v == "jnp.ones(7)" else v for name, v in changes.items()}
     return options.pop("logits", X), options.pop("labels", Y), options
 
 
