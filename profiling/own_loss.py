@@ -2,6 +2,7 @@
 
     python -m profiling.own_loss my_losses:Squared                # the class or object of that name, in that module
     python -m profiling.own_loss asl_pallas.losses:HillLoss --target v5e --target v6e
+    python -m profiling.own_loss asl_pallas.losses:HillLoss --local    # on this machine's accelerator, against a copy
 
 Exactness: loss and slope of each element by every implementation, the kernels in Pallas's interpreter, against the
 object's own `value` in float64 and its derivative by autodiff. The bound is the project's: 1.5 times the error of the
@@ -10,6 +11,9 @@ shows in the column of float32.
 
 Cost: value and gradient of 4096 x 8192 bfloat16 logits with int8 labels, compiled for a chip that needn't be there: how
 many bundles the schedule takes for 1024 elements, how many values are spilled, how many bytes of temporaries there are.
+
+Speed: the same step here, by the clock, in turns with a copy of logits and labels. Its rate counts logits and labels read
+once and the gradient written once; the copy's, both read and written once.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import statistics
 import sys
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -141,10 +147,33 @@ def cost(name: str, target: str) -> Cost:
     return Cost(target, cycles / (ROWS * CLASSES / 1024), spills, targets.temporary_bytes(compiled))
 
 
+def speed(loss: ElementwiseLoss, rounds: int = 7, calls: int = 60) -> tuple[float, float]:
+    """Bytes a second of value and gradient on this machine, and of a copy, medians of turns."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(-2, 2, (ROWS, CLASSES)), jnp.bfloat16)
+    y = jnp.asarray(random.random((ROWS, CLASSES)) < 0.01, jnp.int8)
+    step = jax.jit(jax.value_and_grad(lambda x, y: multilabel_loss(loss, x, y, axis=None)))
+    copy = jax.jit(lambda x, y: (x + 1, y + 1))
+    moved = {step: 2 * x.nbytes + y.nbytes, copy: 2 * x.nbytes + 2 * y.nbytes}
+    seconds: dict[Any, list[float]] = {step: [], copy: []}
+    for f in seconds:
+        jax.block_until_ready(f(x, y))
+    for _ in range(rounds):
+        for f, times in seconds.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = f(x, y)
+            jax.block_until_ready(result)
+            times.append((time.perf_counter() - start) / calls)
+    ours, of_copy = (moved[f] / statistics.median(times) for f, times in seconds.items())
+    return ours, of_copy
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m profiling.own_loss", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("loss", help="module:name of a loss object, or of its class")
     parser.add_argument("--target", action="append", choices=targets.TPU, help="a TPU to compile for, several times")
+    parser.add_argument("--local", action="store_true", help="time it on this machine, against a copy")
     options = parser.parse_args(arguments)
     sys.path.insert(0, "")
     rows = exactness(find(options.loss))
@@ -161,6 +190,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"{target}: {found.bundles_per_1024:.2f} bundles per 1024 elements, {found.spills} spills, "
             f"{found.temporary_bytes:,} bytes of temporaries"
         )
+    if options.local:
+        ours, of_copy = speed(find(options.loss))
+        device = jax.devices()[0].device_kind
+        print(f"{device}: {ours / 1e9:,.0f} GB/s, {ours / of_copy:.0%} of a copy's {of_copy / 1e9:,.0f}")
     return 0 if all(row.holds for row in rows) else 1
 
 
