@@ -12,8 +12,8 @@ shows in the column of float32.
 Cost: value and gradient of 4096 x 8192 bfloat16 logits with int8 labels, compiled for a chip that needn't be there: how
 many bundles the schedule takes for 1024 elements, how many values are spilled, how many bytes of temporaries there are.
 
-Speed: the same step here, by the clock, in turns with a copy of logits and labels. Its rate counts logits and labels read
-once and the gradient written once; the copy's, both read and written once.
+Speed: the same step here, by the clock, in turns with a copy of logits and labels. Its rate counts logits and labels
+read once and the gradient written once; the copy's, both read and written once.
 """
 
 from __future__ import annotations
