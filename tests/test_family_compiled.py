@@ -112,6 +112,14 @@ def test_autodiff_inside_the_kernel_and_a_value_per_class_cost_few_bundles_more(
     assert of_vectors <= of_scalars + 2
 
 
+def test_a_value_written_with_a_backends_operations_is_differentiated_in_its_kernel(target):
+    """Whose instructions have no derivative of their own."""
+    step = jax.value_and_grad(lambda x, y: multilabel_loss(Hill(), x, y, implementation=kernel_of(target)).sum())
+    compiled = targets.compile_for(target, step, LOGITS, LABELS)
+    assert holds_kernel(target, compiled)
+    assert targets.temporary_bytes(compiled) <= FEW
+
+
 def test_the_tool_for_ones_own_loss_prints_errors_and_bundles(capsys):
     assert own_loss.main(["asl_pallas.losses:FocalLoss"]) == 0
     said = capsys.readouterr().out

@@ -65,13 +65,13 @@ class AsymmetricLoss(ElementwiseLoss):
         u, e = ops.cut(u, bounded_exp(u, ops))
         right = ops.reciprocal(1.0 + e)
         wrong = e * right
-        slope = _signed(positive, right * wrong, ops)  # du/dx dw/du, whose sign is the label's
         margin = self._margin(positive, logit.dtype)
+        # The slope is du/dx dw/du, whose sign is the label's.
         if margin is None:
-            slope, m, over, u = ops.cut(slope, wrong, 1.0 + e, u)
+            slope, over, u, m = ops.cut(_signed(positive, right * wrong, ops), 1.0 + e, u, wrong)
         else:
             m, one_minus_m = _less_margin(wrong, right, margin, ops)
-            slope, m, one_minus_m, u = ops.cut(slope, m, one_minus_m, u)
+            slope, one_minus_m, u, m = ops.cut(_signed(positive, right * wrong, ops), one_minus_m, u, m)
             over = ops.reciprocal(one_minus_m)
         slope, m, over, u = ops.cut(slope, m, over, u)
         if ops.infer_label_from_slope and not isinstance(positive, bool):

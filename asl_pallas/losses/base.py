@@ -123,6 +123,34 @@ class Ops:
 EXACT = Ops()
 
 
+def with_derivatives(ops: Ops) -> Ops:
+    """The same operations for JAX to differentiate: instructions of a chip have no derivative of their own."""
+
+    def define(operation: Callable[..., Array], tangent: Callable[..., Array]) -> Callable[..., Array]:
+        differentiable = jax.custom_jvp(operation)
+        differentiable.defjvp(lambda primals, tangents: _jvp(operation, tangent, primals, tangents))
+        return differentiable
+
+    return dataclasses.replace(
+        ops,
+        exp=define(ops.exp, lambda y, x, t: y * t),
+        log=define(ops.log, lambda y, x, t: t * ops.reciprocal(x)),
+        log1p=define(ops.log1p, lambda y, x, t: t * ops.reciprocal(1.0 + x)),
+        reciprocal=define(ops.reciprocal, lambda y, x, t: 0.0 - (y * y) * t),
+        stop_gradient=define(lambda x: x, lambda y, x, t: jnp.zeros_like(t)),
+        quotient=_quotient,
+        **{name: getattr(EXACT, name) for name in ("maximum", "minimum", "multiply_add", "negate")},
+        cut=EXACT.cut,
+        infer_label_from_slope=False,
+        differentiable=True,
+    )
+
+
+def _jvp(operation: Any, tangent: Any, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    y = operation(*primals)
+    return y, tangent(y, *primals, *tangents)
+
+
 class Label(NamedTuple):
     """What elements are labelled: masks like the logits, or Python bools where only one state occurs.
 
@@ -180,7 +208,8 @@ class ElementwiseLoss:
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         """The loss of each element and its derivative with respect to the logit; by autodiff unless overridden."""
-        value, pull_back = jax.vjp(lambda x: self.value(x, label, ops), logit)
+        differentiable = with_derivatives(ops)
+        value, pull_back = jax.vjp(lambda x: self.value(x, label, differentiable), logit)
         return value, pull_back(jnp.ones_like(value))[0]
 
     def relabel(self, logit: Array, label: Label, ops: Ops = EXACT) -> Label:
