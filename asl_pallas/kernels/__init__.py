@@ -122,6 +122,9 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
+    if interpret and implementation == "mosaic_gpu":
+        # Its interpreter has effects that JAX has to see while it traces, and no operation's lowering may bring in.
+        return _kernel(implementation, task, operands, interpret=True)
     return by_platform(operands, _TaskCode(task, _shapes_of(operands), implementation, interpret))
 
 
