@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from asl_pallas import arguments, call, kernels, sharding, vjp
+from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import vary_alike
@@ -22,7 +23,7 @@ from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 
 
-@arguments.explains_foreign_names
+@explains_foreign_names
 def asymmetric_loss(
     logits: ArrayLike,
     labels: ArrayLike | PackedLabels | SparseLabels,
@@ -126,7 +127,7 @@ def asymmetric_loss(
     )
 
 
-@arguments.explains_foreign_names
+@explains_foreign_names
 def multilabel_loss(
     loss: ElementwiseLoss,
     logits: ArrayLike,

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from asl_pallas import arguments, call, chunks, head_sharding, kernels, vjp
 from asl_pallas.chunks import PARAMETERS, Arrays, Work
+from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import compute_dtype
@@ -25,7 +26,7 @@ from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
 
 
-@arguments.explains_foreign_names
+@explains_foreign_names
 def linear_asymmetric_loss(
     features: ArrayLike,
     kernel: ArrayLike,
@@ -111,7 +112,7 @@ def linear_asymmetric_loss(
     )
 
 
-@arguments.explains_foreign_names
+@explains_foreign_names
 def linear_multilabel_loss(
     loss: ElementwiseLoss,
     features: ArrayLike,

@@ -11,7 +11,6 @@ tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, an
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,13 +87,16 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         size = operands.scalars.size
         whole = pl.BlockSpec((1, size), lambda i, j: (jnp.int32(0),) * 2, memory_space=pltpu.SMEM)
         laid = laid._replace(scalars=_Laid(operands.scalars[None], whole))
+    all_laid, structure = jax.tree.flatten(laid, is_leaf=lambda x: isinstance(x, _Laid))
     inputs, specs, converted, spread, words = (
-        jax.tree.map(operator.itemgetter(k), laid, is_leaf=lambda x: isinstance(x, _Laid)) for k in range(5)
+        jax.tree.unflatten(structure, parts) for parts in zip(*all_laid, strict=True)
     )
-    is_fused = [one.converted is not None for one in jax.tree.leaves(laid, is_leaf=lambda x: isinstance(x, _Laid))]
+    is_fused = [one.converted is not None for one in all_laid]
 
     ops = arithmetic(task, operands, not interpret and tpu_refines())
-    scratch = _Scratch(converted, spread, words, _aside(task, tiling, operands, ops))
+    tile = _tile_of(task, tiling, operands)
+    cut = min(tiling.cut, task.cuts(tile, ops))
+    scratch = _Scratch(converted, spread, words, _aside(task, cut, tile, ops))
     results, result_specs = Result(None, None), Result(None, None)
     if task.value == "rows":
         results = results._replace(value=result_like(operands.logits, (1, padded_rows), jnp.float32))
@@ -112,7 +114,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
 
     moved = jax.tree.leaves((inputs, results))
     ((value, gradient),) = pl.pallas_call(
-        functools.partial(_kernel, task, tiling, ops, (rows, classes), _tile_of(task, tiling, operands)),
+        functools.partial(_kernel, task, tiling, ops, (rows, classes), cut),
         grid=grid,
         in_specs=[specs],
         out_specs=[result_specs],
@@ -169,9 +171,8 @@ def _refined_reciprocal(x: Array) -> Array:
     return estimate * (2.0 - x * estimate)
 
 
-def _stages(task: Task, tiling: TpuTiling, tile: Operands, ops: Ops) -> list[Stage]:
-    """Up to one of the loss's cuts and from there on, or in one where it has none."""
-    cut = min(tiling.cut, task.cuts(tile, ops))
+def _stages(task: Task, cut: int, ops: Ops) -> list[Stage]:
+    """Up to one of the loss's cuts and from there on, or in one for a cut of 0."""
     if cut == 0:
         return [lambda carry, tile, valid: task.evaluate(tile, valid, ops)]
     return [
@@ -199,18 +200,17 @@ def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
     )
 
 
-def _aside(task: Task, tiling: TpuTiling, operands: Operands, ops: Ops) -> list[Any]:
+def _aside(task: Task, cut: int, tile: Operands, ops: Ops) -> list[Any]:
     """Memory for what the stages hand on, but for the last."""
-    shapes = _tile_of(task, tiling, operands)
 
     def hand_on(tile: Operands) -> list[Any]:
         carry, handed = (), []
-        for stage in _stages(task, tiling, shapes, ops)[:-1]:
+        for stage in _stages(task, cut, ops)[:-1]:
             carry = stage(carry, tile, None)
             handed.append(carry)
         return handed
 
-    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, shapes))
+    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, tile))
 
 
 def _quotient(n: Array, k: int) -> Array:
@@ -238,7 +238,7 @@ def _kernel(
     tiling: TpuTiling,
     ops: Ops,
     shape: tuple[int, int],
-    tile_shape: Operands,
+    cut: int,
     inputs: Operands,
     outputs: Result,
     scratch: _Scratch,
@@ -251,7 +251,7 @@ def _kernel(
     if inputs.scalars is not None:
         scalars = inputs.scalars
         inputs = inputs._replace(scalars=tuple(scalars[0, n] for n in range(scalars.shape[1])))
-    stages = _stages(task, tiling, tile_shape, ops)
+    stages = _stages(task, cut, ops)
 
     # The bit of the block's first 128 classes: the words are those of a group, which may have several blocks.
     first_bit = 0 if task.labels == "dense" else lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +33,7 @@ class Operands(NamedTuple):
     where, weights, pos_weight: (rows, classes), (1, classes) or (rows, 1).
     cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
     rounded to the logits' dtype.
-    vectors: (1, classes) each, the hyper-parameters that have a value per class, in the loss's order.
+    vectors: (1, classes) each, or as `where`: the hyper-parameters that are arrays, in the loss's order.
     scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
 
     A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
@@ -125,46 +126,36 @@ class Task:
         return self._weighted(result, tile, keep)
 
     def cuts(self, tile: Operands, ops: Ops = EXACT) -> int:
-        """How many places the loss has where a kernel may go over to another tile."""
-        passed = 0
-
-        def count(*values: Any) -> tuple[Any, ...]:
-            nonlocal passed
-            passed += 1
-            return values
-
+        """How many places the loss has where a kernel may go over to another tile; of `tile` shapes are enough."""
         if self.is_soft(tile.labels.dtype):
             return 0  # both sides are evaluated, and each has its own
-        jax.eval_shape(lambda tile: self.evaluate(tile, None, dataclasses.replace(ops, cut=count)), tile)
-        return passed
+        passed: list[int] = []
+
+        def count(number: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+            passed.append(number)
+            return values
+
+        jax.eval_shape(lambda tile: self.evaluate(tile, None, _at_cuts(ops, count)), tile)
+        return len(passed)
 
     def until_cut(self, cut: int, tile: Operands, valid: Array | None, ops: Ops) -> tuple[Any, ...]:
         """The values at the loss's cut of that number, counted from 1; nothing after it is computed."""
-        passed = 0
 
-        def stop(*values: Any) -> tuple[Any, ...]:
-            nonlocal passed
-            passed += 1
-            if passed == cut:
+        def stop(number: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+            if number == cut:
                 raise _Stopped(values)
             return values
 
         try:
-            self.evaluate(tile, valid, dataclasses.replace(ops, cut=stop))
+            self.evaluate(tile, valid, _at_cuts(ops, stop))
         except _Stopped as stopped:
             return stopped.values
-        raise ValueError(f"{self.loss!r} has {passed} cuts, and {cut} were counted")
+        raise ValueError(f"{self.loss!r} has fewer than {cut} cuts, and more were counted")
 
     def from_cut(self, cut: int, values: tuple[Any, ...], tile: Operands, valid: Array | None, ops: Ops) -> Result:
         """`evaluate` with what `until_cut` has returned. What comes before is traced, and dropped by the compiler."""
-        passed = 0
-
-        def resume(*computed: Any) -> tuple[Any, ...]:
-            nonlocal passed
-            passed += 1
-            return tuple(values) if passed == cut else computed
-
-        return self.evaluate(tile, valid, dataclasses.replace(ops, cut=resume))
+        resume = _at_cuts(ops, lambda number, computed: tuple(values) if number == cut else computed)
+        return self.evaluate(tile, valid, resume)
 
     def is_soft(self, labels: jnp.dtype) -> bool:
         """Whether an element may be both: each side is evaluated, and they are mixed."""
@@ -197,7 +188,7 @@ class Task:
         third = self.loss.third_state
         if third is None or labels.dtype == jnp.bool_:
             return Label(_is_positive(labels))
-        unannotated = labels == np.asarray(third).astype(labels.dtype)[()]
+        unannotated = labels == _like(labels, third)
         positive = _is_positive(labels)
         return Label(jnp.logical_and(positive, labels == 1) if third > 0 else positive, unannotated)
 
@@ -263,6 +254,12 @@ class Task:
         return Result(value, gradient)
 
 
+def _at_cuts(ops: Ops, do: Callable[[int, tuple[Any, ...]], tuple[Any, ...]]) -> Ops:
+    """The same operations, with do(number, values) at each cut; they are counted from 1."""
+    numbers = itertools.count(1)
+    return dataclasses.replace(ops, cut=lambda *values: do(next(numbers), values))
+
+
 class _Stopped(Exception):
     """Ends an evaluation at a cut."""
 
@@ -308,7 +305,11 @@ def _is_positive(labels: Array) -> Array:
 
 def is_annotated(labels: Any, ignore_label: int) -> Any:
     """Which integer labels aren't the one to ignore, compared in their own dtype: of uint32 it may be beyond int32."""
-    return labels != np.asarray(ignore_label).astype(labels.dtype)[()]
+    return labels != _like(labels, ignore_label)
+
+
+def _like(labels: Any, number: int) -> Any:
+    return np.asarray(number).astype(labels.dtype)[()]
 
 
 def _comparable(x: Array) -> Array:

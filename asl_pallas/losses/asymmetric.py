@@ -16,8 +16,10 @@ from asl_pallas.losses.base import (
     Label,
     Ops,
     bounded_exp,
+    has_margin,
     hyperparameter,
     is_chain,
+    is_focused,
     is_nothing,
     is_static,
     power,
@@ -146,12 +148,11 @@ class AsymmetricLoss(ElementwiseLoss):
 
     @property
     def _has_margin(self) -> bool:
-        return not (is_static(self.clip) and self.clip == 0)
+        return has_margin(self.clip)
 
     @property
     def _is_focused(self) -> bool:
-        """Both sides have a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
-        return all(is_static(g) and g >= 1 for g in (self.gamma_neg, self.gamma_pos))
+        return is_focused(self.gamma_neg, self.gamma_pos)
 
     @property
     def _is_steep(self) -> bool:

@@ -347,11 +347,22 @@ def has_margin(clip: Hyperparameter) -> bool:
     return not (is_static(clip) and clip == 0)
 
 
+def is_focused(*exponents: Hyperparameter) -> bool:
+    """Each side has a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
+    return all(is_static(exponent) and exponent >= 1 for exponent in exponents)
+
+
+def unbounded(log: Array, u: Array, label: Label, clip: Hyperparameter, ops: Ops) -> Array:
+    """-log(1 - m) also where exp(u) is at its limit: there it is u for what has no margin, and elsewhere it is more."""
+    of_any = ops.maximum(log, u)
+    return label.select(of_any, log) if has_margin(clip) else of_any
+
+
 def surprise(m: Array, over: Array, ops: Ops, focused: bool) -> Array:
     """-log(1 - m), where `over` is 1 / (1 - m): at most 80, or 700 in float64, where `bounded_exp` is at its limit.
 
-    `focused`: it has a factor m^g with g >= 1, beside which an error of a rounding is negligible. Nothing else makes
-    easy elements negligible, and thousands of small losses add up: they have to be exact.
+    `focused` is `is_focused` of the exponents. Nothing else makes easy elements negligible, and thousands of small
+    losses add up: they have to be exact.
     """
     if focused:
         return ops.maximum(ops.log(over), 0.0)

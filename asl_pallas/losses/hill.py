@@ -14,6 +14,8 @@ from asl_pallas.losses.base import (
     Ops,
     bounded_exp,
     hyperparameter,
+    is_chain,
+    is_focused,
     is_static,
     surprise,
     to_the,
@@ -50,11 +52,11 @@ class HillLoss(ElementwiseLoss):
 
     @property
     def allows_approximate_math(self) -> bool:
-        return is_static(self.gamma) and float(self.gamma).is_integer() and 1 <= self.gamma <= 16
+        return is_focused(self.gamma) and is_chain(self.gamma)
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, e, wrong, _ = self._sigmoid_of_wrong(logit, label, ops)
-        unlikely = ops.maximum(surprise(wrong, 1.0 + e, ops, self._is_focused), u)
+        unlikely = ops.maximum(surprise(wrong, 1.0 + e, ops, is_focused(self.gamma)), u)
         return label.select(to_the(self.gamma, wrong) * unlikely, wrong * wrong * (self.lamb - wrong))
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
@@ -64,7 +66,7 @@ class HillLoss(ElementwiseLoss):
         negative:  dL/du = w^2 * (1 - w) * (2 lamb - 3 w)
         """
         u, e, wrong, right = ops.cut(*self._sigmoid_of_wrong(logit, label, ops))
-        log = surprise(wrong, 1.0 + e, ops, self._is_focused)
+        log = surprise(wrong, 1.0 + e, ops, is_focused(self.gamma))
         focus, square = to_the(self.gamma, wrong), wrong * wrong
         value = label.select(focus * ops.maximum(log, u), square * (self.lamb - wrong))
         of_positive = focus * (wrong + self.gamma * (right * log))
@@ -77,7 +79,3 @@ class HillLoss(ElementwiseLoss):
         e = bounded_exp(u, ops)
         right = ops.reciprocal(1.0 + e)
         return u, e, e * right, right
-
-    @property
-    def _is_focused(self) -> bool:
-        return is_static(self.gamma) and self.gamma >= 1

@@ -15,11 +15,12 @@ from asl_pallas.losses.base import (
     Label,
     Ops,
     derived_power,
-    has_margin,
     hyperparameter,
+    is_focused,
     is_static,
     surprise,
     to_the,
+    unbounded,
     wrong_answer,
 )
 
@@ -63,7 +64,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, _, _, m, over = wrong_answer(logit, label, self.clip, ops)
         log = surprise(m, over, ops, self._is_focused)
-        return self._focus(m, label) * self._of_log(self._unbounded(log, u, label, ops), m, label)
+        return self._focus(m, label) * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         """In u, the logit of the wrong answer, with w = sigmoid(u), f the factor that has the exponent, l the other:
@@ -73,7 +74,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         u, wrong, right, m, over = ops.cut(*wrong_answer(logit, label, self.clip, ops))
         log = surprise(m, over, ops, self._is_focused)
         focus = self._focus(m, label)
-        value = focus * self._of_log(self._unbounded(log, u, label, ops), m, label)
+        value = focus * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
         slope = focus * (over - label.select(self.epsilon_pos + self.epsilon_pos_2 * m, 0.0 - self.epsilon_neg))
         if not self.stop_focus_gradient:
             derived = label.select(derived_power(self.gamma_pos, m, ops), derived_power(self.gamma_neg, m, ops))
@@ -84,15 +85,10 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
     def _focus(self, m: Array, label: Label) -> Any:
         return label.select(to_the(self.gamma_pos, m), to_the(self.gamma_neg, m))
 
-    def _unbounded(self, log: Array, u: Array, label: Label, ops: Ops) -> Array:
-        """Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more."""
-        unbounded = ops.maximum(log, u)
-        return label.select(unbounded, log) if has_margin(self.clip) else unbounded
-
     def _of_log(self, log: Array, m: Array, label: Label) -> Array:
         of_positive = m * (self.epsilon_pos + 0.5 * self.epsilon_pos_2 * m)
         return log - label.select(of_positive, self.epsilon_neg * (1.0 - m))
 
     @property
     def _is_focused(self) -> bool:
-        return all(is_static(gamma) and gamma >= 1 for gamma in (self.gamma_neg, self.gamma_pos))
+        return is_focused(self.gamma_neg, self.gamma_pos)

@@ -15,11 +15,11 @@ from asl_pallas.losses.base import (
     Label,
     Ops,
     derived_power,
-    has_margin,
     hyperparameter,
-    is_static,
+    is_focused,
     surprise,
     to_the,
+    unbounded,
     wrong_answer,
 )
 
@@ -78,7 +78,7 @@ class SelectiveLoss(ElementwiseLoss):
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, wrong, _, m, over = wrong_answer(logit, label, self.clip, ops)
         log = surprise(m, over, ops, self._is_focused)
-        return self._weighted(self._focus(m, label) * self._unbounded(log, u, label, ops), wrong, label)
+        return self._weighted(self._focus(m, label) * unbounded(log, u, label, self.clip, ops), wrong, label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         """In u, the logit of the wrong answer, with w = sigmoid(u) and f the factor that has the exponent:
@@ -92,7 +92,7 @@ class SelectiveLoss(ElementwiseLoss):
         if not self.stop_focus_gradient:
             slope = slope + label.select(*(derived_power(gamma, m, ops) for gamma in self._gammas)) * log
         slope = jnp.where(m <= 0.0, 0.0, slope * (wrong * right))  # a NaN stays one
-        value = self._weighted(focus * self._unbounded(log, u, label, ops), wrong, label)
+        value = self._weighted(focus * unbounded(log, u, label, self.clip, ops), wrong, label)
         return value, self._weighted(label.select(0.0 - slope, slope), wrong, label)
 
     @property
@@ -101,15 +101,10 @@ class SelectiveLoss(ElementwiseLoss):
 
     @property
     def _is_focused(self) -> bool:
-        return all(is_static(gamma) and gamma >= 1 for gamma in self._gammas)
+        return is_focused(*self._gammas)
 
     def _focus(self, m: Array, label: Label) -> Any:
         return label.select(*(to_the(gamma, m) for gamma in self._gammas))
-
-    def _unbounded(self, log: Array, u: Array, label: Label, ops: Ops) -> Array:
-        """Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more."""
-        unbounded = ops.maximum(log, u)
-        return label.select(unbounded, log) if has_margin(self.clip) else unbounded
 
     def _weighted(self, x: Array, wrong: Array, label: Label) -> Array:
         """x times its state's weight; 0 where it is ignored, even if it is infinite."""
