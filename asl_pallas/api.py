@@ -17,7 +17,7 @@ from asl_pallas import arguments, call, kernels, sharding, vjp
 from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import Operands, Task
-from asl_pallas.kernels.versions import vary_alike
+from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
@@ -270,7 +270,7 @@ def _compiled(
         if refusal := kernels.refusal(execution.implementation, on_a_device, execution.task.labels):
             raise NotImplementedError(f"implementation={execution.implementation!r} can't serve this call: {refusal}")
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses = vjp.loss(execution, vary_alike(operands))
+    losses = vjp.loss(execution, unify_varying_axes(operands))
     return sum_over(losses, tuple(axis for axis in axes if axis != classes_axis))
 
 

@@ -24,7 +24,7 @@ from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
 from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype, is_annotated
 from asl_pallas.kernels.tiling import head_chunk
-from asl_pallas.kernels.versions import vary_alike
+from asl_pallas.kernels.versions import unify_varying_axes
 
 
 class Arrays(NamedTuple):
@@ -91,7 +91,7 @@ ALONE = Exchange(lambda chunk: chunk, lambda gradient: gradient)
 
 def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     """Losses of the examples and gradients, in one pass over the classes."""
-    arrays = vary_alike(arrays)
+    arrays = unify_varying_axes(arrays)
     *leading, depth = arrays.features.shape
     classes = arrays.kernel.shape[-1]
     dtype = compute_dtype(arrays.features.dtype)
@@ -154,7 +154,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
     )
-    nothing, _ = vary_alike((nothing, arrays.features))
+    nothing, _ = unify_varying_axes((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
     body = jax.checkpoint(one, static_argnums=1) if work.implementation == kernels.PLAIN else one
     found = over_chunks(body, nothing, classes, chunk)
@@ -198,7 +198,7 @@ def top_k(
     exchange: Exchange = ALONE,
 ) -> tuple[Array, Array]:
     """Scores and ids of the best k classes of each example, best first, equal scores by the lower id."""
-    features, kernel, bias = vary_alike((features, kernel, bias))
+    features, kernel, bias = unify_varying_axes((features, kernel, bias))
     *leading, depth = features.shape
     classes = kernel.shape[-1]
     rows = features.reshape(math.prod(leading), depth)

@@ -19,7 +19,7 @@ from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import compute_dtype
-from asl_pallas.kernels.versions import vary_alike
+from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
@@ -226,7 +226,7 @@ def _compiled(
         execution = dataclasses.replace(execution, layout=layout)
         arrays = head_sharding.lay(arrays, execution.work.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses = vjp.loss(execution, vary_alike(arrays))
+    losses = vjp.loss(execution, unify_varying_axes(arrays))
     return losses if execution.total else sum_over(losses, tuple(axis for axis in axes if axis != len(shape) - 1))
 
 

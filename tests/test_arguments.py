@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
 from typing import Any
 
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import KERNELS, assert_parity, cotangent_of, evaluate, labels_of, logits_of
+from pairwise import pairwise
 
 from asl_pallas import asymmetric_loss, kernels
 from reference import float64
@@ -39,32 +38,8 @@ HYPER = {
 }
 
 
-Level = tuple[str, int]
-
-
-def pairwise() -> list[dict[str, Any]]:
-    """Rows that hold every pair of levels of any two arguments but those of `alone`, where one is its default.
-
-    Chosen greedily: far fewer than all rows.
-    """
-    names = list(LEVELS)
-    levels = [[(name, i) for i in range(len(LEVELS[name]))] for name in names]
-    others = [of_one[1:] for of_one in levels]
-    missing = {frozenset(pair) for a, b in itertools.combinations(others, 2) for pair in itertools.product(a, b)}
-    rows = []
-    while missing:
-        first = min(sorted(pair) for pair in missing)
-        row = {level[0]: level for level in first}
-        for name, choices in zip(names, levels, strict=True):
-            if name not in row:
-                row[name] = max(choices, key=functools.partial(_newly_met, list(row.values()), missing))
-        missing -= {frozenset(pair) for pair in itertools.combinations(row.values(), 2)}
-        rows.append({name: LEVELS[name][row[name][1]] for name in names})
-    return rows
-
-
-def _newly_met(chosen: list[Level], missing: set[frozenset[Level]], level: Level) -> int:
-    return sum(frozenset((level, other)) in missing for other in chosen)
+# Every pair of levels of any two arguments but those of `alone`, where one is its default.
+PAIRS = [dict(zip(LEVELS, row, strict=True)) for row in pairwise(*LEVELS.values(), but_first=True)]
 
 
 def alone() -> list[dict[str, Any]]:
@@ -112,7 +87,7 @@ def test_every_argument_alone_matches_float64(implementation, row):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("row", pairwise(), ids=label_of_row)
+@pytest.mark.parametrize("row", PAIRS, ids=label_of_row)
 def test_every_pair_of_arguments_matches_float64(implementation, row):
     assert_row(row, implementation)
 

@@ -103,12 +103,12 @@ SWITCHES: dict[str, Callable[[], Any]] = {
 }
 
 
-# Switches that every operation meets go with every function and form, others with one function of each form.
+# Switches that every operation meets go with every function and form, others with loss and head and the three forms.
 OF_OPERATIONS = ("disable_jit", "debug_nans", "strict dtype promotion", "rank promotion", "x64")
-FEW = [(loss, "int8"), (loss, "packed"), (loss, "sparse"), (head, "sparse"), (head_total, "int8")]
+FEW = [(loss, "int8"), (loss, "packed"), (head, "sparse")]
 MORE = [
-    *((loss, "bool"), (loss, "soft"), (losses_per_element, "int8"), (losses_per_class, "int8")),
-    *((head_total, "packed"), (head, "soft")),
+    *((losses_per_element, "bool"), (losses_per_class, "soft"), (loss, "sparse")),
+    *((head_total, "packed"), (head, "int8")),
 ]
 CASES = [(switch, *case) for switch in SWITCHES for case in (FEW + MORE if switch in OF_OPERATIONS else FEW)]
 

@@ -25,6 +25,7 @@ from asl_pallas import (
 )
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import (
+    AsymmetricLoss,
     AsymmetricPolynomialLoss,
     BinaryCrossEntropy,
     ElementwiseLoss,
@@ -319,6 +320,26 @@ def test_a_third_state_has_a_loss_of_its_own(loss, by_prior, implementation):
     (true_value, true_slope), (value, slope) = pairs
     assert_no_worse(np.asarray(found[0]), true_value.sum(-1), np.asarray(jnp.sum(value, -1)), "loss")
     assert_no_worse(np.asarray(found[1]), true_slope * ct[:, None], slope * ct[:, None], "gradient")
+
+
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("name", ["polynomial", "selective"])
+def test_a_focus_that_counts_as_a_constant_is_one_in_second_derivatives_too(name, stop, gamma):
+    """What has the asymmetric loss for a special case has its second derivatives."""
+    x, y, _ = inputs()
+    sides = {"gamma_neg": gamma, "gamma_pos": 1.0, "clip": 0.05, "stop_focus_gradient": stop}
+    loss: ElementwiseLoss = SelectiveLoss(**sides)
+    if name == "polynomial":
+        loss = AsymmetricPolynomialLoss(**sides, epsilon_pos=0.0, epsilon_pos_2=0.0)
+
+    def curvature(loss: ElementwiseLoss) -> Any:
+        slope = jax.grad(lambda x: multilabel_loss(loss, x, y, axis=None))
+        return jax.jvp(slope, (jnp.asarray(x),), (jnp.ones_like(x),))[1]
+
+    expected = curvature(AsymmetricLoss(**sides))
+    assert abs(expected).max() > 0.1
+    np.testing.assert_allclose(curvature(loss), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_beyond_a_losss_states_are_named():

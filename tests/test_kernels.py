@@ -114,8 +114,8 @@ def test_blocks_are_whole_registers_fit_on_the_chip_and_cover_the_array(shape, d
     x, y = (jax.ShapeDtypeStruct(shape, jnp.dtype(d)) for d in dtypes)
     tpu = tpu_tiling(TASK, Operands(x, y))
     assert tpu.rows % LANES == tpu.classes % tpu.chunk == tpu.rows % tpu.group == 0
-    assert tpu.chunk % LANES == tpu.group % 32 == 0 or (tpu.turned and tpu.chunk % 8 == tpu.group % LANES == 0)
-    assert not tpu.turned or tpu.classes == tpu.chunk or tpu.chunk % 32 == 0
+    assert tpu.chunk % LANES == tpu.group % 32 == 0 or (tpu.transposed and tpu.chunk % 8 == tpu.group % LANES == 0)
+    assert not tpu.transposed or tpu.classes == tpu.chunk or tpu.chunk % 32 == 0
     in_flight = 2 * tpu.rows * tpu.classes * (2 * x.dtype.itemsize + y.dtype.itemsize)
     assert in_flight <= 11 * 2**20
     assert tpu.rows < shape[0] + max(LANES, tpu.group) and tpu.classes < shape[1] + tpu.chunk
@@ -147,9 +147,9 @@ def test_rows_along_the_lanes_are_the_same_problem(shape, value, generation, mon
     operands = Operands(logits, labels, each > 0.1, per_row, per_class, cotangent, scalars=jnp.array([3.0]))
     task = Task(AsymmetricLoss(TRACED, 1.0, 0.05), value, True, ignore_label=-1)
     expected = xla.run(task, operands)
-    for turned in (True, False):
-        monkeypatch.setattr(tiling, "tpu_turned", lambda *_, turned=turned: turned)
-        assert tpu_tiling(task, operands).turned == turned
+    for transposed in (True, False):
+        monkeypatch.setattr(tiling, "tpu_transposed", lambda *_, transposed=transposed: transposed)
+        assert tpu_tiling(task, operands).transposed == transposed
         with optimising(False):
             found = jax.jit(lambda o: mosaic_tpu.run(task, o, interpret=True))(operands)
         for ours, theirs in zip(found, expected, strict=True):
@@ -171,8 +171,8 @@ def test_a_block_has_whole_chunks_however_much_an_element_takes(classes, value):
         ("sparse", jax.ShapeDtypeStruct((300, 17), "int32")),
     ):
         tpu = tpu_tiling(dataclasses.replace(TASK, value=value, labels=form), Operands(x, labels, m, w, cotangent=x))
-        assert 0 < tpu.classes <= 4096 and tpu.classes % tpu.chunk == tpu.chunk % (8 if tpu.turned else LANES) == 0
-        assert form == "dense" or not tpu.turned
+        assert 0 < tpu.classes <= 4096 and tpu.classes % tpu.chunk == tpu.chunk % (8 if tpu.transposed else LANES) == 0
+        assert form == "dense" or not tpu.transposed
         assert form == "dense" or tpu.classes >= classes or 4096 % tpu.classes == 0
 
 

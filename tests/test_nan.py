@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import GAMMAS_AND_CLIP, interpreted
+from pairwise import pairwise
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
@@ -77,9 +78,9 @@ def with_nan(x: Any, dtype: str = "float32") -> Any:
 
 
 @pytest.mark.mostly_long(short=3)
-@pytest.mark.parametrize("axis", [-1, (), None, 0])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "dtype", "axis"), pairwise(FORMS, ("float32", "bfloat16", "float16"), (-1, (), None, 0))
+)
 def test_traced_hyper_parameters_keep_a_nan(form, dtype, axis):
     for label in (0, 1):
         y = LABELS.copy()
@@ -89,9 +90,7 @@ def test_traced_hyper_parameters_keep_a_nan(form, dtype, axis):
 
 
 @pytest.mark.mostly_long(short=2)
-@pytest.mark.parametrize("stop", [False, True])
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("form", ["int8", "soft"])
+@pytest.mark.parametrize(("form", "setting", "stop"), pairwise(("int8", "soft"), SETTINGS, (False, True)))
 def test_hyper_parameters_that_are_compiled_in_keep_a_nan(form, setting, stop):
     large = np.random.default_rng(2).normal(0, 3, (33, 2_003)).astype(np.float32)  # the CPU streams it
     for x in (SMALL, large):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from cases import interpreted, labels_of, logits_of
+from pairwise import pairwise
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, multilabel_loss
 from asl_pallas.losses import FocalLoss
@@ -74,9 +75,7 @@ IN_AXES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.mostly_long(short=8)
-@pytest.mark.parametrize("kernel", ["xla", "mosaic_tpu", "triton"])
-@pytest.mark.parametrize("rows", [None, 4])
-@pytest.mark.parametrize("axes", IN_AXES)
+@pytest.mark.parametrize(("axes", "rows", "kernel"), pairwise(IN_AXES, (None, 4), ("xla", "mosaic_tpu", "triton")))
 def test_each_example_has_its_own_loss_and_gradient(axes, rows, kernel):
     """Whatever is mapped, of vectors and of matrices: the numbers are those of one call after the other."""
     size, classes = 3, 150

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from pairwise import pairwise
 from test_compiled import available, few_labels, holds_kernel, kernel_of
 
 from asl_pallas import asymmetric_loss, kernels, linear_asymmetric_loss
@@ -32,10 +33,10 @@ def traced(x: Any, y: Any, gamma: Any, clip: Any, weights: Any, where: Any, name
 
 
 @pytest.mark.mostly_long(short=3)
-@pytest.mark.parametrize("mode", ["plain", "traced", "vmap of traced"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", [(7, 130), (33, 527), (64, 1024)])
-@pytest.mark.parametrize("target", ["v5e", "h100"])
+@pytest.mark.parametrize(
+    ("target", "shape", "form", "mode"),
+    pairwise(("v5e", "h100"), ((7, 130), (33, 527), (64, 1024)), FORMS, ("plain", "traced", "vmap of traced")),
+)
 def test_every_call_compiles_with_64_bit_types(target, shape, form, mode):
     available(target)
     if form == "int64" and target in targets.TPU:

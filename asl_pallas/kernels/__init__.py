@@ -19,7 +19,7 @@ from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import Code, by_platform
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
-from asl_pallas.kernels.versions import lacks_mosaic_gpu, vary_alike
+from asl_pallas.kernels.versions import lacks_mosaic_gpu, unify_varying_axes
 from asl_pallas.losses.base import PER_CLASS, ElementwiseLoss
 
 # The name that a caller may ask for -> the platform that its kernel is lowered for.
@@ -115,7 +115,7 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     leading = operands.logits.shape[:-1]
     if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
         return xla.run(task, operands)
-    value, gradient = _run_matrix(task, vary_alike(_matrices(operands)), implementation, interpret)
+    value, gradient = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
     return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape))

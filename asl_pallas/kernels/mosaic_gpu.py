@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, index_where_it_varies
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
-from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, vary_alike
+from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, unify_varying_axes
 from asl_pallas.losses.base import Ops
 
 plgpu = mosaic_gpu_module()
@@ -89,16 +89,13 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             None if gradient is None else jax.reshard(gradient, sharding),
         )
     operands = operands.map(lambda _, array: _loadable(array, classes))
-    results = Result(None, None)
-    if task.value is not None:
-        results = results._replace(value=_Shape((rows, classes), compute_dtype(operands.logits.dtype)))
-    if task.gradient:
-        results = results._replace(gradient=_Shape((rows, classes), operands.logits.dtype))
-    stored = Result(results.value if task.value == "elements" else None, results.gradient)
+    elements = _Shape((rows, classes), compute_dtype(operands.logits.dtype))
+    gradient = _Shape((rows, classes), operands.logits.dtype)
+    stored = task.results(elements=elements, gradient=gradient)
     by_engine = all(result.is_aligned for result in stored if result is not None)
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
-    if task.value == "rows":
-        results = results._replace(value=results.value._replace(shape=(rows, tiling.spans)))
+    sums = _Shape((rows, tiling.spans), elements.dtype)
+    results = task.results(sums=sums, elements=elements, gradient=gradient)
     ops = arithmetic(task, operands)
     inputs = operands.map(lambda _, array: _Shape(array.shape, array.dtype))
     kernel = _Kernel(task, tiling, inputs, results, stored, by_engine, ops)
@@ -116,7 +113,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return run(operands)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    (value, gradient), _ = vary_alike((call(flat), operands.logits))
+    (value, gradient), _ = unify_varying_axes((call(flat), operands.logits))
     if task.value is not None:
         value = value.reshape(results.value.shape)
     if task.value == "rows":
@@ -256,7 +253,7 @@ class _Kernel:
 
                 def load(name: str, ref: Any, shape: _Shape, buffer: Any) -> Array:
                     if buffer is None:
-                        return self.spread(ref[row if shape.shape[0] > 1 else 0])
+                        return self.spread(ref[index_where_it_varies(shape.shape[:1], (row,), (0,))])
                     _, lead = source(shape, ref, row, start)
                     return plgpu.load(buffer.at[slot, pl.ds(lead + first, tiling.tile)], layout=self.layout)
 

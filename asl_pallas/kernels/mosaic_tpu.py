@@ -4,8 +4,8 @@ The grid walks blocks of rows by blocks of classes. Inside a block two loops wal
 a few vector registers at a time, so that a chunk's intermediates stay in registers. A row's partial sums stay on the
 chip, lane by lane, until its last block of classes; then they leave as one lane-major vector a block of rows.
 
-Where XLA lays the rows along the lanes, which it does unless the classes fill them, the arrays come turned: blocks and
-tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, and nothing is copied to be read.
+Where XLA lays the rows along the lanes, which it does unless the classes fill them, the arrays come transposed: blocks
+and tiles are (classes, rows) then, a row's partial sums stay sublane by sublane, and nothing is copied to be read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.kernels.summation import add_exactly, total_of
-from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task, index_where_it_varies
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
 from asl_pallas.losses.base import Ops
@@ -69,16 +69,16 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         if name in ENCODED and task.labels != "dense":
             return _lay_encoded(task.labels, operand, tiling)
         if operand.shape == (rows, classes):
-            array = operand.T if tiling.turned else operand
+            array = operand.T if tiling.transposed else operand
             if operand.dtype.name not in TPU_CONVERTED:
                 return _Laid(array, block)
             array = array.astype(TPU_CONVERTED[operand.dtype.name])
             return _Laid(array, block, converted=pltpu.VMEM(extent, array.dtype))
         if operand.shape == (rows, 1):
             vector = jnp.pad(operand.astype(jnp.float32).reshape(1, rows), ((0, 0), (0, padded_rows - rows)))
-            spread = None if tiling.turned else pltpu.VMEM((tiling.rows, LANES), jnp.float32)
+            spread = None if tiling.transposed else pltpu.VMEM((tiling.rows, LANES), jnp.float32)
             return _Laid(vector, by_row, spread=spread)
-        return _Laid((operand.T if tiling.turned else operand).astype(jnp.float32), by_class)
+        return _Laid((operand.T if tiling.transposed else operand).astype(jnp.float32), by_class)
 
     laid = operands.map(lay)
     if operands.scalars is not None:
@@ -97,27 +97,24 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     tile = _tile_of(task, tiling, operands)
     cut = min(tiling.cut, task.cuts(tile, ops))
     scratch = _Scratch(converted, spread, words, _aside(task, cut, tile, ops))
-    results, result_specs = Result(None, None), Result(None, None)
+    result_like_logits = functools.partial(result_like, operands.logits)
+    results = task.results(
+        sums=result_like_logits((1, padded_rows), jnp.float32),
+        elements=result_like_logits(shape, jnp.float32),
+        gradient=result_like_logits(shape, operands.logits.dtype),
+    )
     if task.value == "rows":
-        results = results._replace(value=result_like(operands.logits, (1, padded_rows), jnp.float32))
-        result_specs = result_specs._replace(value=by_row)
         partial = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
         scratch = scratch._replace(sums=partial)
         if tiling.blocks_of_a_sum(classes):
             scratch = scratch._replace(total=partial, lost=partial)
-    elif task.value == "elements":
-        results = results._replace(value=result_like(operands.logits, shape, jnp.float32))
-        result_specs = result_specs._replace(value=block)
-    if task.gradient:
-        results = results._replace(gradient=result_like(operands.logits, shape, operands.logits.dtype))
-        result_specs = result_specs._replace(gradient=block)
 
     moved = jax.tree.leaves((inputs, results))
     ((value, gradient),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, ops, (rows, classes), cut),
         grid=grid,
         in_specs=[specs],
-        out_specs=[result_specs],
+        out_specs=[task.results(sums=by_row, elements=block, gradient=block)],
         out_shape=[results],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
@@ -136,9 +133,9 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     )(inputs)
     if task.value == "rows":
         value = value[0, :rows]
-    elif task.value is not None and tiling.turned:
+    elif task.value is not None and tiling.transposed:
         value = value.T
-    return Result(value, gradient.T if task.gradient and tiling.turned else gradient)
+    return Result(value, gradient.T if task.gradient and tiling.transposed else gradient)
 
 
 def _lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> _Laid:
@@ -309,17 +306,16 @@ def _kernel(
                 return unpack_tile(ref[rows_of(g), :], first_bit + c * blocks, blocks)
             if spread is not None:
                 return jnp.tile(spread[rows_of(g), :], (1, chunk // LANES))
-            return ref[tuple(at if n > 1 else slice(None) for at, n in zip(part, ref.shape, strict=True))]
+            return ref[index_where_it_varies(ref.shape, part, (slice(None), slice(None)))]
 
         return inputs.map(load, scratch.spread)
 
     def store(at: Position, result: Result) -> None:
         g, c = at
         part = tiling.lying(rows_of(g), classes_of(c))
-        if task.gradient:
-            outputs.gradient[part] = result.gradient.astype(outputs.gradient.dtype)
-        if task.value == "elements":
-            outputs.value[part] = result.value
+        for ref, tile in zip(task.results(elements=outputs.value, gradient=outputs.gradient), result, strict=True):
+            if ref is not None:
+                ref[part] = tile.astype(ref.dtype)
         if task.value == "rows":
             of_rows = tiling.lying(rows_of(g), slice(None))
             parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
@@ -391,5 +387,5 @@ def _kernel(
         @pl.when(at_the_end)
         def _finish():
             sums = scratch.sums[...] if scratch.total is None else total_of(scratch.total[...], scratch.lost[...])
-            sums = jnp.sum(sums if tiling.turned else sums.T, axis=0, keepdims=True)
+            sums = jnp.sum(sums if tiling.transposed else sums.T, axis=0, keepdims=True)
             outputs.value[...] = task.row_losses(sums, ops)

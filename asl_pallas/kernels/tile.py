@@ -69,6 +69,11 @@ class Operands(NamedTuple):
         return found
 
 
+def index_where_it_varies(shape: tuple[int, ...], here: tuple[Any, ...], constant: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An index into an operand of that shape: `here` of each dimension, and `constant` of those with one element."""
+    return tuple(h if n > 1 else c for n, h, c in zip(shape, here, constant, strict=True))
+
+
 _BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
 # Operands that are words or ids where the task's labels aren't dense.
 ENCODED = ("labels", "negatives")
@@ -95,6 +100,11 @@ class Task:
     label_smoothing: float = 0.0
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
+
+    def results(self, *, sums: Any = None, elements: Any = None, gradient: Any = None) -> Result:
+        """Of what a kernel may give these the ones asked for: rows' sums or elements' losses, and the gradient."""
+        value = {"rows": sums, "elements": elements, None: None}[self.value]
+        return Result(value, gradient if self.gradient else None)
 
     @property
     def kernel_name(self) -> str:

@@ -52,7 +52,7 @@ _TPU_LONGEST_SUM = 128
 # A group of rows is whole in every packing: 8 rows of 32 bits, 16 of 16, 32 of 8.
 _TPU_GROUP = 32
 # With the rows along the lanes, the rows of a block, which are one piece of memory for 8 classes.
-_TPU_TURNED_ROWS = 2048
+_TPU_TRANSPOSED_ROWS = 2048
 # Below that, XLA's loop takes fewer bundles than the kernel with its blocks and outer loops: on v6e 477 for 702 with
 # 64 x 600 and 1373 for 2198 with 64 x 2048; on v5e 2113 for 2366, but 4165 for 3956 with 128 x 2048.
 _TPU_LEAST_ELEMENTS = 256 * 1024
@@ -114,16 +114,16 @@ class TpuTiling:
     classes: int
     group: int
     chunk: int
-    turned: bool = False  # rows along the lanes, classes along the sublanes
+    transposed: bool = False  # rows along the lanes, classes along the sublanes
     cut: int = 0  # of the loss, at which the first of two stages ends; 0 for one stage
 
     def lying(self, of_rows: Any, of_classes: Any) -> tuple[Any, Any]:
         """Something of the rows and something of the classes, in the order in which their dimensions lie."""
-        return (of_classes, of_rows) if self.turned else (of_rows, of_classes)
+        return (of_classes, of_rows) if self.transposed else (of_rows, of_classes)
 
     @property
     def classes_axis(self) -> int:
-        return 0 if self.turned else 1
+        return 0 if self.transposed else 1
 
     @property
     def blocks_of_words(self) -> int:
@@ -143,7 +143,7 @@ class TpuTiling:
     @property
     def partial(self) -> int:
         """How many sums a row has until its end, as many as a register has places along the classes."""
-        return SUBLANES if self.turned else LANES
+        return SUBLANES if self.transposed else LANES
 
 
 def tpu_refines() -> bool:
@@ -155,11 +155,11 @@ def tpu_pays(rows: int, classes: int, labels: Form) -> bool:
     """Whether the kernel is worth its start: XLA's loop is faster on few registers, or where most rows are empty."""
     if labels != "dense":
         return rows * classes >= _TPU_LEAST_DECODED
-    filled = rows >= _TPU_LEAST_ROWS or tpu_turned(rows, classes)
+    filled = rows >= _TPU_LEAST_ROWS or tpu_transposed(rows, classes)
     return filled and rows * classes >= _TPU_LEAST_ELEMENTS
 
 
-def tpu_turned(rows: int, classes: int) -> bool:
+def tpu_transposed(rows: int, classes: int) -> bool:
     """Whether XLA itself would lay the rows along the lanes, since that fills fewer registers; it keeps to this rule.
 
     An array that is laid out the other way is copied, there and back, before a kernel reads it.
@@ -191,17 +191,17 @@ def tpu_tiling(task: Task, operands: Operands) -> TpuTiling:
         cut, registers = _TPU_GRADIENT_REFINED if tpu_refines() else _TPU_GRADIENT
     else:
         cut, registers = _TPU_VALUE
-    turned = task.labels == "dense" and tpu_turned(rows, classes)
+    transposed = task.labels == "dense" and tpu_transposed(rows, classes)
     balanced = math.isqrt(rows * classes * element_bytes * _TPU_BALANCED_BYTES)
     largest = _TPU_CONVERTED_BLOCK_BYTES if converted else _TPU_BLOCK_BYTES
     block_bytes = min(max(balanced, _TPU_LEAST_BLOCK_BYTES), largest)
     most = block_bytes // (2 * element_bytes)  # elements of a block
-    tiles = _tpu_turned_tiles(classes, registers) if turned else _tpu_tiles(registers, task)
+    tiles = _tpu_transposed_tiles(classes, registers) if transposed else _tpu_tiles(registers, task)
     tiles = [(group, chunk) for group, chunk in tiles if _rows_of_block(group) * chunk <= most]
     group, chunk = _cheapest(rows, classes, registers, tiles)
     least = _rows_of_block(group)
-    if turned:
-        block_rows = max(min(_round_up(rows, least), _TPU_TURNED_ROWS // least * least), least)
+    if transposed:
+        block_rows = max(min(_round_up(rows, least), _TPU_TRANSPOSED_ROWS // least * least), least)
         block_classes = min(_round_up(classes, chunk), max(most // block_rows // chunk * chunk, chunk))
         block_rows = min(_round_up(rows, least), max(most // block_classes // least * least, least))
         return TpuTiling(block_rows, block_classes, group, chunk, True, cut)
@@ -236,7 +236,7 @@ def _tpu_tiles(registers: int, task: Task) -> list[tuple[int, int]]:
     return [(group, chunk) for chunk in chunks for group in range(_TPU_GROUP, SUBLANES * registers + 1, _TPU_GROUP)]
 
 
-def _tpu_turned_tiles(classes: int, registers: int) -> list[tuple[int, int]]:
+def _tpu_transposed_tiles(classes: int, registers: int) -> list[tuple[int, int]]:
     chunks = [_TPU_GROUP * n for n in range(1, registers + 1)]
     chunks.append(min(_round_up(classes, SUBLANES), SUBLANES * registers))
     return [(LANES * n, chunk) for chunk in chunks for n in range(1, registers + 1)]

@@ -93,14 +93,12 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         # As many ids as classes, say, are no labels per element.
         return array if name in ENCODED and task.labels != "dense" else array.reshape(flattened(array.shape))
 
-    results = Result(None, None)
-    if task.value is not None:
-        shape = (rows, spans) if task.value == "rows" else flattened((rows, classes))
-        results = results._replace(value=result_like(operands.logits, shape, dtype))
-    if task.gradient:
-        results = results._replace(
-            gradient=result_like(operands.logits, flattened((rows, classes)), operands.logits.dtype)
-        )
+    of_elements = flattened((rows, classes))
+    results = task.results(
+        sums=result_like(operands.logits, (rows, spans), dtype),
+        elements=result_like(operands.logits, of_elements, dtype),
+        gradient=result_like(operands.logits, of_elements, operands.logits.dtype),
+    )
     ((value, gradient),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
@@ -220,16 +218,12 @@ def _kernel(
             other = None if mask is None else jnp.zeros((), ref.dtype)
             return plgpu.load(ref.at[index], mask=mask, other=other)
 
-        def store(ref, tile):
-            index, mask = place(ref, stored=True)
-            plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
-
         neighbours = edge and flat and whole
         result = task.evaluate(inputs.map(load), None if neighbours else class_exists, ops)
-        if task.gradient:
-            store(outputs.gradient, result.gradient)
-        if task.value == "elements":
-            store(outputs.value, result.value)
+        for ref, tile in zip(task.results(elements=outputs.value, gradient=outputs.gradient), result, strict=True):
+            if ref is not None:
+                index, mask = place(ref, stored=True)
+                plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
         if task.value != "rows":
             return partial
         return partial + (jnp.where(class_exists, result.value, 0.0) if neighbours else result.value)

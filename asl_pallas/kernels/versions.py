@@ -26,7 +26,7 @@ def reciprocal(x: Array, *, approx: bool = False) -> Array:
     return module.reciprocal(x, approx=True) if approx else module.reciprocal(x, full_range=False)
 
 
-def vary_alike(operands: Any) -> Any:
+def unify_varying_axes(operands: Any) -> Any:
     """The operands, all varying over the union of the manual mesh axes that any of them varies over.
 
     Inside a shard_map that checks this (check_vma, its default) a kernel's operands and results have to agree.
@@ -47,7 +47,7 @@ def vary_as_operands(function: Callable[[Any], Any], operands: Any) -> Any:
     JAX forgets there what varies over the outer shard_map's manual axes, and then takes the results, and on the way
     back the cotangents, for alike on all devices. Here all vary, alike, as the operands do, and derivatives too.
     """
-    operands = vary_alike(operands)
+    operands = unify_varying_axes(operands)
     names = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(operands)))
     if not names:
         return function(operands)

@@ -11,7 +11,7 @@ from jax import Array, lax
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
-from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, positives
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 from asl_pallas.losses.base import EXACT, Ops
@@ -88,7 +88,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
     def at(operand: Array, row: Array | int, column: Array | int, columns: int) -> Array:
         """The block's part of an operand that may be constant along either dimension."""
-        start = (row if operand.shape[0] > 1 else 0, column if operand.shape[1] > 1 else 0)
+        start = index_where_it_varies(operand.shape, (row, column), (0, 0))
         size = tuple(min(n, m) for n, m in zip(operand.shape, (tiling.rows, columns), strict=True))
         return lax.dynamic_slice(operand, start, size)
 

@@ -16,6 +16,7 @@ from asl_pallas.losses.base import (
     Label,
     Ops,
     bounded_exp,
+    constant_if,
     has_margin,
     hyperparameter,
     is_chain,
@@ -84,8 +85,7 @@ class AsymmetricLoss(ElementwiseLoss):
         # Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more.
         loss = self._where_unbounded(positive, ops.maximum(log, u), log)
         if self.stop_focus_gradient:
-            focus = self._power(m, positive)
-            focus = ops.stop_gradient(focus) if isinstance(focus, Array) else focus
+            focus = constant_if(True, self._power(m, positive), ops)
             return focus * loss, slope * (focus * over)
         if ops.share_power and self.allows_approximate_math:
             of_positive, of_negative = _sides(positive, self.gamma_pos, self.gamma_neg)

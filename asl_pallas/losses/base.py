@@ -303,6 +303,11 @@ def to_the(exponent: Hyperparameter, m: Array) -> Array | float:
     return jnp.where(outside, 0.0, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m))))
 
 
+def constant_if(stopped: bool, factor: Any, ops: Ops) -> Any:
+    """The factor, which counts as a constant in derivatives where `stopped`; as a number it does anyway."""
+    return ops.stop_gradient(factor) if stopped and isinstance(factor, Array) else factor
+
+
 def is_nothing(m: Array) -> Array:
     """Whether m >= 0 is below the normal numbers, 1e-38 in float32: a GPU divides by 0 there. A NaN isn't."""
     return m < float(jnp.finfo(m.dtype).tiny)

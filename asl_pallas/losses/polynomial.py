@@ -14,6 +14,7 @@ from asl_pallas.losses.base import (
     Hyperparameter,
     Label,
     Ops,
+    constant_if,
     derived_power,
     hyperparameter,
     is_focused,
@@ -73,7 +74,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         """
         u, wrong, right, m, over = ops.cut(*wrong_answer(logit, label, self.clip, ops))
         log = surprise(m, over, ops, self._is_focused)
-        focus = self._focus(m, label)
+        focus = constant_if(self.stop_focus_gradient, self._focus(m, label), ops)
         value = focus * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
         slope = focus * (over - label.select(self.epsilon_pos + self.epsilon_pos_2 * m, 0.0 - self.epsilon_neg))
         if not self.stop_focus_gradient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from asl_pallas.losses.base import (
     Hyperparameter,
     Label,
     Ops,
+    constant_if,
     derived_power,
     hyperparameter,
     is_focused,
+    is_static,
     surprise,
     to_the,
     unbounded,
@@ -87,7 +90,7 @@ class SelectiveLoss(ElementwiseLoss):
         """
         u, wrong, right, m, over = ops.cut(*wrong_answer(logit, label, self.clip, ops))
         log = surprise(m, over, ops, self._is_focused)
-        focus = self._focus(m, label)
+        focus = constant_if(self.stop_focus_gradient, self._focus(m, label), ops)
         slope = focus * over
         if not self.stop_focus_gradient:
             slope = slope + label.select(*(derived_power(gamma, m, ops) for gamma in self._gammas)) * log
@@ -108,8 +111,12 @@ class SelectiveLoss(ElementwiseLoss):
 
     def _weighted(self, x: Array, wrong: Array, label: Label) -> Array:
         """x times its state's weight; 0 where it is ignored, even if it is infinite."""
-        ignored = jnp.logical_and(label.unannotated, wrong > self.likelihood_threshold)
-        if self.prior is not None:
-            ignored = jnp.logical_or(ignored, jnp.logical_and(label.unannotated, self.prior > self.prior_threshold))
         weight = label.select(self.alpha_pos, self.alpha_neg, self.alpha_unann)
-        return jnp.where(jnp.logical_or(ignored, weight == 0.0), 0.0, x * weight)
+        without = [] if is_static(weight) else [weight == 0.0]
+        if not is_static(self.likelihood_threshold) or self.likelihood_threshold < 1.0:
+            without.append(jnp.logical_and(label.unannotated, wrong > self.likelihood_threshold))
+        if self.prior is not None:
+            without.append(jnp.logical_and(label.unannotated, self.prior > self.prior_threshold))
+        if not without:
+            return x * weight if weight else jnp.zeros_like(x)
+        return jnp.where(functools.reduce(jnp.logical_or, without), 0.0, x * weight)
