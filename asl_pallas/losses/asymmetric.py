@@ -85,7 +85,7 @@ class AsymmetricLoss(ElementwiseLoss):
         # Where exp(u) is at its limit, a positive's logarithm is u, and elsewhere it is more.
         loss = self._where_unbounded(positive, ops.maximum(log, u), log)
         if self.stop_focus_gradient:
-            focus = constant_if(True, self._power(m, positive), ops)
+            focus = constant_if(self.stop_focus_gradient, self._power(m, positive), ops)
             return focus * loss, slope * (focus * over)
         if ops.share_power and self.allows_approximate_math:
             of_positive, of_negative = _sides(positive, self.gamma_pos, self.gamma_neg)
@@ -116,7 +116,7 @@ class AsymmetricLoss(ElementwiseLoss):
         loss = ops.minimum(log, self._where_unbounded(positive, v, 0.0))
         if ops.signed_per_element and not (self._has_margin and is_static(self.clip)):
             loss = ops.minimum(loss, 0.0)
-        value = loss * self._power(m, positive)
+        value = loss * constant_if(self.stop_focus_gradient, self._power(m, positive), ops)
         return 0.0 - value if ops.signed_per_element else value
 
     def sign(self, gradient: bool) -> float:

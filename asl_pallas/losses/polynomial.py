@@ -65,7 +65,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, _, _, m, over = wrong_answer(logit, label, self.clip, ops)
         log = surprise(m, over, ops, self._is_focused)
-        return self._focus(m, label) * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
+        return self._focus(m, label, ops) * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         """In u, the logit of the wrong answer, with w = sigmoid(u), f the factor that has the exponent, l the other:
@@ -74,7 +74,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         """
         u, wrong, right, m, over = ops.cut(*wrong_answer(logit, label, self.clip, ops))
         log = surprise(m, over, ops, self._is_focused)
-        focus = constant_if(self.stop_focus_gradient, self._focus(m, label), ops)
+        focus = self._focus(m, label, ops)
         value = focus * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
         slope = focus * (over - label.select(self.epsilon_pos + self.epsilon_pos_2 * m, 0.0 - self.epsilon_neg))
         if not self.stop_focus_gradient:
@@ -83,8 +83,9 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         slope = jnp.where(m <= 0.0, 0.0, slope * (wrong * right))  # a NaN stays one
         return value, label.select(0.0 - slope, slope)
 
-    def _focus(self, m: Array, label: Label) -> Any:
-        return label.select(to_the(self.gamma_pos, m), to_the(self.gamma_neg, m))
+    def _focus(self, m: Array, label: Label, ops: Ops) -> Any:
+        focus = label.select(to_the(self.gamma_pos, m), to_the(self.gamma_neg, m))
+        return constant_if(self.stop_focus_gradient, focus, ops)
 
     def _of_log(self, log: Array, m: Array, label: Label) -> Array:
         of_positive = m * (self.epsilon_pos + 0.5 * self.epsilon_pos_2 * m)

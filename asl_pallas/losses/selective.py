@@ -81,7 +81,7 @@ class SelectiveLoss(ElementwiseLoss):
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, wrong, _, m, over = wrong_answer(logit, label, self.clip, ops)
         log = surprise(m, over, ops, self._is_focused)
-        return self._weighted(self._focus(m, label) * unbounded(log, u, label, self.clip, ops), wrong, label)
+        return self._weighted(self._focus(m, label, ops) * unbounded(log, u, label, self.clip, ops), wrong, label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         """In u, the logit of the wrong answer, with w = sigmoid(u) and f the factor that has the exponent:
@@ -90,7 +90,7 @@ class SelectiveLoss(ElementwiseLoss):
         """
         u, wrong, right, m, over = ops.cut(*wrong_answer(logit, label, self.clip, ops))
         log = surprise(m, over, ops, self._is_focused)
-        focus = constant_if(self.stop_focus_gradient, self._focus(m, label), ops)
+        focus = self._focus(m, label, ops)
         slope = focus * over
         if not self.stop_focus_gradient:
             slope = slope + label.select(*(derived_power(gamma, m, ops) for gamma in self._gammas)) * log
@@ -106,8 +106,9 @@ class SelectiveLoss(ElementwiseLoss):
     def _is_focused(self) -> bool:
         return is_focused(*self._gammas)
 
-    def _focus(self, m: Array, label: Label) -> Any:
-        return label.select(*(to_the(gamma, m) for gamma in self._gammas))
+    def _focus(self, m: Array, label: Label, ops: Ops) -> Any:
+        focus = label.select(*(to_the(gamma, m) for gamma in self._gammas))
+        return constant_if(self.stop_focus_gradient, focus, ops)
 
     def _weighted(self, x: Array, wrong: Array, label: Label) -> Array:
         """x times its state's weight; 0 where it is ignored, even if it is infinite."""
