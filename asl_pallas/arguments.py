@@ -237,7 +237,7 @@ def check_value(loss: ElementwiseLoss, dtype: Any) -> None:
     masks = (jax.ShapeDtypeStruct(shape, bool),) * (1 if loss.states == 2 else 2)
 
     def both(x: Array, masks: Any, scalars: Any, vectors: Any) -> Any:
-        return loss.bind(scalars, vectors).value_and_slope(x, Label(*masks))
+        return loss.bind(scalars, vectors).value_and_slope(x, Label(*masks)._replace(dtype=dtype))
 
     found = jax.eval_shape(both, jax.ShapeDtypeStruct(shape, dtype), masks, scalars, vectors)
     if not (isinstance(found, tuple) and len(found) == 2):

@@ -110,7 +110,7 @@ def exactness(loss: ElementwiseLoss, shape: tuple[int, int] = (9, 300)) -> list[
 
 def _by_definition(loss: ElementwiseLoss, x: Any, y: Any) -> tuple[Any, Any]:
     third = loss.third_state
-    label = Label(jnp.asarray(y == 1), False if third is None else jnp.asarray(y == third))
+    label = Label(jnp.asarray(y == 1), False if third is None else jnp.asarray(y == third), dtype=np.asarray(x).dtype)
     value, pull_back = jax.vjp(lambda x: loss.value(x, label), jnp.asarray(x))
     return value, pull_back(jnp.ones_like(value))[0]
 

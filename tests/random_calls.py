@@ -13,6 +13,7 @@ float32 version's plus 1e-6, in units of max(1, |truth|).
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import os
@@ -35,7 +36,8 @@ import random_configurations
 import random_data
 from random_configurations import Configuration
 from random_data import Data
-from random_truth import Truth, wrong_top_k
+from random_family import truth_of
+from random_truth import wrong_top_k
 
 import asl_pallas
 
@@ -58,9 +60,8 @@ class Failure:
         return re.sub(r"[-+]?\d[\d.e+-]*|\([^)]*\)|nan|inf", "#", self.sentence.splitlines()[0])[:110]
 
 
-def check(seed: int, number: int) -> tuple[int, Failure | None]:
-    """Runs a configuration; how many calls were compared, and what was wrong."""
-    config = random_configurations.draw(seed, number)
+def check(seed: int, number: int, config: Configuration) -> tuple[int, Failure | None]:
+    """Runs the configuration of that number; how many calls were compared, and what was wrong."""
     with jax.enable_x64(config.x64):
         data = random_data.draw(config, seed, number)
         calls, sentence = 0, ""
@@ -80,7 +81,7 @@ def _compare(config: Configuration, data: Data, found: dict[str, Any]) -> str:
     """What is wrong, or an empty string."""
     if config.function == "linear_top_k":
         return wrong_top_k(config, data, found["value"], found["ids"])[1]
-    truth = Truth(config, data)
+    truth = truth_of(config, data)
     sentences = []
     if "value" in found:
         if found["value"].dtype != (np.float64 if truth.double else np.float32):
@@ -135,24 +136,28 @@ def _in_axes(config: Configuration, data: Data) -> tuple[Any, ...]:
     def axis(name: str) -> int | None:
         return None if name in config.shared else 0
 
-    dynamic = {name: axis(name) for name in (*data.arrays, *data.scalars)}
+    dynamic = {name: axis(name) for name in (*data.arrays, *data.vectors, *data.scalars)}
     return {name: axis(name) for name in data.inputs}, axis("labels"), dynamic, 0
 
 
 def _function(config: Configuration) -> Callable[..., dict[str, Any]]:
-    known = dict(zip(random_configurations.NAMES, config.hyperparameters[0], strict=True))
-    options = config.options | {name: number for name, number in known.items() if name not in config.traced}
+    known = dict(zip(config.names, config.hyperparameters[0], strict=True))
+    known = {name: number for name, number in known.items() if name not in config.traced | config.by_class}
+    function = getattr(asl_pallas, config.function)
 
     def loss(inputs: dict[str, Any], labels: Any, dynamic: dict[str, Any]) -> Any:
-        if config.is_head:
-            return asl_pallas.linear_asymmetric_loss(**inputs, labels=labels, **options, **dynamic)
-        return asl_pallas.asymmetric_loss(**inputs, labels=labels, **options, **dynamic)
+        if not config.takes_object:
+            return function(**inputs, labels=labels, **config.options, **known, **dynamic)
+        own = {name: value for name, value in dynamic.items() if name in config.names}
+        others = {name: value for name, value in dynamic.items() if name not in config.names}
+        its_loss = config.kind.make(**known, **own, **config.settings)
+        return function(its_loss, **inputs, labels=labels, **config.options, **others)
 
     def value(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
         return {"value": loss(inputs, labels, dynamic)}
 
     def top_k(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
-        scores, ids = asl_pallas.linear_top_k(**inputs, **config.options)
+        scores, ids = function(**inputs, **config.options)
         return {"value": scores, "ids": ids}
 
     def vjp(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
@@ -197,12 +202,15 @@ def main(arguments: list[str] | None = None) -> int:
     share, shares = map(int, options.share.split("/"))
     numbers = iter(options.only) if options.only else iter(range(share, sys.maxsize, shares))
     configurations = calls = 0
+    by_loss: collections.Counter[str] = collections.Counter()
     failures: list[Failure] = []
     for number in numbers:
         if calls * (1 if options.only else shares) >= options.calls or time.process_time() > 60 * options.minutes:
             break
-        compared, failure = check(options.seed, number)
+        config = random_configurations.draw(options.seed, number)
+        compared, failure = check(options.seed, number, config)
         configurations, calls = configurations + 1, calls + compared
+        by_loss[config.loss if config.takes_object else config.function] += compared
         if failure:
             failures.append(failure)
             if len(failures) <= options.failures:
@@ -214,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{configurations} configurations, {calls} calls, {len(failures)} of the configurations failed; "
         f"{time.process_time():.0f} s of CPU time"
     )
+    print("  " + ", ".join(f"{loss} {count}" for loss, count in sorted(by_loss.items())))
     causes: dict[str, list[int]] = {}
     for failure in failures:
         causes.setdefault(failure.cause, []).append(failure.number)

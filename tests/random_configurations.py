@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from random_losses import KINDS, Kind
 
 Shape = tuple[int, ...]
 Random = np.random.Generator
@@ -20,10 +21,22 @@ DRAWS, EAGER_DRAWS, INTERPRETED_DRAWS, LARGE_DRAWS = 64, 32, 8, 6
 LEADING = (1, 1, 2, 3, 5, 7)
 CLASSES = (1, 2, 3, 5, 7, 13, 31, 80, 127, 128, 129, 257, 1023)
 WIDE = (4095, 4096, 4097, 8193)
-GAMMAS = (0, 0.0, 1, 1.0, 2, 3.0, 4.0, 5, 8.0, 16, 17, 20.0, 33, 0.1, 0.25, 0.5, 0.75, 1.5, 2.5, 3.7, 16.5)
-CLIPS = (0, 0.0, 0.05, 0.05, 0.2, 0.5, 0.875, 0.001, 1 / 3)
 LABELS = ("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "bfloat16", "float16")
-NAMES = ("gamma_neg", "gamma_pos", "clip")
+FORMS = ("packed", "sparse", "partial packed", "partial sparse")
+# Of losses with three states, each with what may mark the third.
+SIGNED, UNSIGNED = (-1, -1, -1, -100, 2, 7, 100), (2, 7, 255)
+THREE_STATES = {
+    **dict.fromkeys(("int8", "int16", "int32", "int64", "bool", "float32", "bfloat16", "packed", "sparse"), SIGNED),
+    **dict.fromkeys(("uint8", "uint16", "uint32"), UNSIGNED),
+}
+PARTIAL = FORMS[2:]
+FUNCTIONS = (
+    *("asymmetric_loss",) * 13,
+    *("linear_asymmetric_loss",) * 6,
+    "linear_top_k",
+    *("multilabel_loss",) * 5,
+    *("linear_multilabel_loss",) * 2,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +47,16 @@ class Configuration:
       shape: of the logits; for `linear_top_k`, of the scores of all classes.
       depth: of the features of a head.
       dtypes: of the logits; of features, kernel and bias for a head, whose bias may be "".
-      labels: a dtype for dense labels, "packed", or "sparse" with `ids` ids per row.
+      labels: a dtype for dense labels, or one of `FORMS`, the sparse ones with `ids` positive ids per row.
       host: labels, logits and masks are NumPy arrays, else JAX arrays.
       beyond: integer labels that only a traced call can get: any integer above 0 is a positive.
       arrays: shape and dtype of where, weights and pos_weight, where the call has them.
-      traced: the dtypes of the hyper-parameters that are traced.
-      hyperparameters: (gamma_neg, gamma_pos, clip), a triple for all draws, or several where some are traced.
+      loss: one of `KINDS`; the asymmetric functions' is "asymmetric".
+      settings: of the loss object, beside the hyper-parameters.
+      traced: the dtypes of the hyper-parameters that are traced scalars.
+      by_class: shape and dtype of those that are arrays.
+      hyperparameters: in the order of `names`, those of all draws, or several where some are traced. What is an array
+        is drawn with the data.
       mode: "value", "grad" (of a sum), "vjp", or "others": the gradient by weights, pos_weight and soft labels.
       mapped: examples of a jax.vmap around the call, 0 for none; `shared` names the arguments that it doesn't map.
       strict: JAX's strict dtype promotion, and no rank promotion.
@@ -54,7 +71,10 @@ class Configuration:
     host: bool
     beyond: bool
     arrays: dict[str, tuple[Shape, str]]
+    loss: str
+    settings: dict[str, Any]
     traced: dict[str, str]
+    by_class: dict[str, tuple[Shape, str]]
     hyperparameters: tuple[tuple[Any, ...], ...]
     options: dict[str, Any]
     mode: str
@@ -67,11 +87,29 @@ class Configuration:
 
     @property
     def is_head(self) -> bool:
-        return self.function != "asymmetric_loss"
+        return self.function.startswith("linear")
+
+    @property
+    def takes_object(self) -> bool:
+        return self.function.endswith("multilabel_loss")
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.loss]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the hyper-parameters."""
+        return tuple(self.kind.choices)
+
+    @property
+    def third(self) -> int | None:
+        """The label of what is not annotated."""
+        return self.settings.get("unannotated_label")
 
     @property
     def soft(self) -> bool:
-        return self.labels not in ("packed", "sparse") and jnp.issubdtype(jnp.dtype(self.labels), jnp.floating)
+        return self.labels not in FORMS and jnp.issubdtype(jnp.dtype(self.labels), jnp.floating)
 
     @property
     def implementation(self) -> str | None:
@@ -88,12 +126,14 @@ class Configuration:
 
     def __str__(self) -> str:
         parts = [f"{self.function} {self.shape} {'/'.join(self.dtypes)} labels={self.labels}"]
-        parts += [f"ids={self.ids}"] if self.labels == "sparse" else []
+        parts += [f"ids={self.ids}"] if "sparse" in self.labels else []
         parts += [f"d={self.depth}"] if self.is_head else []
         parts += [f"{name}:{dtype}{list(shape)}" for name, (shape, dtype) in self.arrays.items()]
         parts += [f"{name}={value!r}" for name, value in self.options.items()]
-        parts += [f"(gamma_neg, gamma_pos, clip)={self.hyperparameters[0]!r}"]
+        parts += [f"loss={self.loss} {self.settings}"] if self.takes_object else []
+        parts += [f"({', '.join(self.names)})={self.hyperparameters[0]!r}"]
         parts += [f"traced={self.traced}"] if self.traced else []
+        parts += [f"{name}:{dtype}{list(shape)}" for name, (shape, dtype) in self.by_class.items()]
         flags = ("jit", "x64", "strict", "host", "beyond")
         parts += [f"mode={self.mode}", *(flag for flag in flags if getattr(self, flag))]
         parts += [f"vmap={self.mapped} shared={self.shared}"] if self.mapped else []
@@ -103,8 +143,10 @@ class Configuration:
 def draw(seed: int, number: int) -> Configuration:
     """The configuration of that number: the same for the same seed, whatever ran before."""
     random = np.random.default_rng([seed, number])
-    function = _one(random, ["asymmetric_loss"] * 13 + ["linear_asymmetric_loss"] * 6 + ["linear_top_k"])
-    head = function != "asymmetric_loss"
+    function = _one(random, FUNCTIONS)
+    head, takes_object = function.startswith("linear"), function.endswith("multilabel_loss")
+    loss = _one(random, tuple(KINDS)) if takes_object else "asymmetric"
+    kind = KINDS[loss]
     implementation = _one(random, [None] * 68 + ["xla"] * 28 + (["mosaic_tpu", "triton"] * 2 if not head else []))
     interpreted = implementation not in (None, "xla")
     large = not head and not interpreted and random.random() < 0.02
@@ -117,17 +159,25 @@ def draw(seed: int, number: int) -> Configuration:
         kernel = logits if same else _one(random, ["float32", "bfloat16", "float16"] + ["float64"] * x64)
         dtypes = (logits, kernel, _one(random, ["", "float32", logits, kernel]))
     labels = _one(random, [*LABELS, "packed", "packed", "sparse", "sparse"] + ["float64"] * x64)
-    dense = labels not in ("packed", "sparse")
+    if kind.has_third_state:
+        labels = _one(random, [*THREE_STATES, "int8", "int32", *PARTIAL * 3])
+    dense = labels not in FORMS
     soft = dense and jnp.issubdtype(jnp.dtype(labels), jnp.floating)
     jit = bool(random.random() < 0.8)
     options = _options(random, head, shape, dense and not soft, implementation, logits)
     if dense and not soft and labels != "bool" and not _holds(labels, options.get("ignore_label", 0)):
         del options["ignore_label"]  # which is refused
+    settings = _settings(random, kind, labels, options) if takes_object else {}
     arrays = _arrays(random, shape, x64)
+    by_class = _by_class(random, loss, shape) if takes_object else {}
     if not head:
-        arrays = {name: (_along_one_axis(of, shape, options["axis"]), dtype) for name, (of, dtype) in arrays.items()}
+        arrays, by_class = (
+            {name: (_along_one_axis(of, shape, options["axis"]), dtype) for name, (of, dtype) in some.items()}
+            for some in (arrays, by_class)
+        )
     mapped = int(random.choice([2, 3])) if random.random() < 0.15 else 0
-    traced = _traced(random, x64) if random.random() < 0.3 else {}
+    scalars = tuple(name for name in kind.choices if name not in by_class)
+    traced = _traced(random, scalars, x64) if scalars and random.random() < 0.3 else {}
     top_k = function == "linear_top_k"
     if top_k:
         shape = (*shape[:-1], max(1, shape[-1]))
@@ -138,7 +188,8 @@ def draw(seed: int, number: int) -> Configuration:
     others |= {"labels"} if soft else set()
     modes = ["value"] if top_k else ["vjp"] * 5 + ["grad"] * 3 + ["value"] + ["others"] * bool(others)
     draws = INTERPRETED_DRAWS if interpreted else LARGE_DRAWS if large else DRAWS if jit else EAGER_DRAWS
-    arguments = ("logits", "labels", *arrays, *traced)
+    arguments = ("logits", "labels", *arrays, *traced, *by_class)
+    beyond = jit and dense and not soft and "int" in labels and settings.get("unannotated_label", -1) < 0
     return Configuration(
         function=function,
         shape=shape,
@@ -147,10 +198,13 @@ def draw(seed: int, number: int) -> Configuration:
         labels=labels,
         ids=int(random.integers(0, 6)),
         host=bool(random.random() < 0.5),
-        beyond=bool(jit and dense and not soft and "int" in labels and random.random() < 0.1),
+        beyond=bool(beyond and random.random() < 0.1),
         arrays=arrays,
+        loss=loss,
+        settings=settings,
         traced=traced,
-        hyperparameters=tuple(_hyperparameters(random) for _ in range(4 if traced else 1)),
+        by_class=by_class,
+        hyperparameters=tuple(_hyperparameters(random, kind) for _ in range(4 if traced else 1)),
         options=options,
         mode=_one(random, modes),
         jit=jit,
@@ -261,15 +315,46 @@ def _along_one_axis(of: Shape, shape: Shape, axis: Any) -> Shape:
     return (1, *of) if ambiguous else of
 
 
-def _traced(random: Random, x64: bool) -> dict[str, str]:
+def _settings(random: Random, kind: Kind, labels: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Of the loss object; `options` lose what belongs there, and what a loss with three states refuses."""
+    settings = {}
+    if "stop_focus_gradient" in kind.fields:
+        settings["stop_focus_gradient"] = bool(random.random() < 0.5)
+    options.pop("stop_focus_gradient", None)
+    if kind.has_third_state:
+        third = _one(random, THREE_STATES.get(labels, SIGNED))
+        settings["unannotated_label"] = third
+        options.pop("label_smoothing", None)
+        if options.get("ignore_label") == third:
+            del options["ignore_label"]
+    return settings
+
+
+def _by_class(random: Random, loss: str, shape: Shape) -> dict[str, tuple[Shape, str]]:
+    """The asymmetric loss of numbers has functions of its own."""
+    names = list(KINDS[loss].choices)
+    always = loss == "asymmetric"
+    chosen = [name for name in names if random.random() < (0.8 if name == "prior" else 0.5)]
+    if not names or not (always or random.random() < 0.35):
+        chosen = [name for name in chosen if name == "prior"]
+    elif always and not chosen:
+        chosen = ["gamma_neg"]
+    dtypes = ["float32"] * 5 + ["bfloat16", "float16", "float64", "int32"]
+    found = {}
+    for name in chosen:
+        of_classes = random.random() < 0.5
+        found[name] = (shape[-1:] if of_classes else _broadcastable(random, shape), _one(random, dtypes))
+    return found
+
+
+def _traced(random: Random, names: tuple[str, ...], x64: bool) -> dict[str, str]:
     dtypes = ["float32"] * 5 + ["bfloat16", "float16"] + ["float64"] * (2 * x64)
-    traced = {name: _one(random, dtypes) for name in NAMES if random.random() < 0.6}
-    return traced or {"gamma_neg": "float32"}
+    traced = {name: _one(random, dtypes) for name in names if random.random() < 0.6}
+    return traced or {names[0]: "float32"}
 
 
-def _hyperparameters(random: Random) -> tuple[Any, ...]:
+def _hyperparameters(random: Random, kind: Kind) -> tuple[Any, ...]:
     if random.random() < 0.3:
-        return 4.0, 1.0, 0.05
-    kinds = [lambda x: x] * 8 + [np.float32, np.float64]
-    gammas = (_one(random, kinds)(_one(random, GAMMAS)) for _ in range(2))
-    return *gammas, _one(random, kinds)(_one(random, CLIPS))
+        return kind.usual
+    converted = [lambda x: x] * 8 + [np.float32, np.float64]
+    return tuple(_one(random, converted)(_one(random, choices)) for choices in kind.choices.values())

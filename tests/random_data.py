@@ -11,9 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from random_configurations import NAMES, Configuration, Shape
+from random_configurations import FORMS, Configuration, Shape
 
-from asl_pallas import PackedLabels, SparseLabels
+from asl_pallas import PackedLabels, PartialLabels, SparseLabels
 
 Array = np.ndarray[Any, Any]
 KINDS = ("ordinary", "ordinary", "wide", "near zero", "ordinary", "extreme", "infinite", "nan")
@@ -29,9 +29,12 @@ class Data:
       kinds: of each draw, one of `KINDS`.
       inputs: logits; or features, kernel and bias: what is differentiated.
       dense: labels as float64, what a call of this form means by them; `given` are dense labels as they are passed, or
-        the ids of sparse ones.
+        the ids of sparse ones. Of partial labels the ids of the positives stand before the negatives', and packed ones
+        are 1 for a positive, 2 for a negative and 3 for both.
       arrays: where, weights and pos_weight.
-      scalars: the traced hyper-parameters, and `hyperparameters` all three of each draw as Python floats.
+      vectors: the hyper-parameters that are arrays.
+      scalars: the traced hyper-parameters, and `hyperparameters` all of each draw as Python floats, without a meaning
+        for those that are arrays.
       cotangent: of the loss.
     """
 
@@ -40,6 +43,7 @@ class Data:
     dense: Array
     given: Array
     arrays: dict[str, Array]
+    vectors: dict[str, Array]
     scalars: dict[str, Array]
     hyperparameters: list[tuple[float, ...]]
     cotangent: Array
@@ -53,12 +57,17 @@ class Data:
             return array if config.host else jnp.asarray(array)
 
         inputs = {name: part(name, stack) for name, stack in self.inputs.items()}
-        given = part("labels", self.given)
+        given, classes = part("labels", self.given), config.shape[-1]
         if config.labels == "packed":
             given = PackedLabels.from_dense(given)
         elif config.labels == "sparse":
-            given = SparseLabels(given, config.shape[-1])
-        dynamic = {name: part(name, stack) for name, stack in (self.arrays | self.scalars).items()}
+            given = SparseLabels(given, classes)
+        elif config.labels == "partial packed":
+            given = PartialLabels(*(PackedLabels.from_dense((given & bit) > 0) for bit in (1, 2)))
+        elif config.labels == "partial sparse":
+            ids = given[..., : config.ids], given[..., config.ids :]
+            given = PartialLabels(*(SparseLabels(some, classes) for some in ids))
+        dynamic = {name: part(name, stack) for name, stack in (self.arrays | self.vectors | self.scalars).items()}
         dynamic |= {name: jnp.asarray(dynamic[name]) for name in self.scalars}
         return inputs, given, dynamic, self.cotangent[which]
 
@@ -72,6 +81,7 @@ def draw(config: Configuration, seed: int, number: int) -> Data:
     dense, given = _labels(random, config)
     alone = not config.is_head and config.mode != "others" and not config.mapped
     arrays = {name: _array(random, name, (n, *s), dtype, kinds, alone) for name, (s, dtype) in config.arrays.items()}
+    vectors = {name: _vector(random, config, name) for name in config.by_class}
     hyperparameters, scalars = _hyperparameters(config)
     outer = tuple(size for axis, size in enumerate(shape) if axis not in config.axes)
     cotangent = random.normal(0, 1, (n, *outer))
@@ -80,7 +90,7 @@ def draw(config: Configuration, seed: int, number: int) -> Data:
         inputs = _head(random, config, kinds)
     else:
         inputs = {"logits": _logits(random, (n, *shape), config.dtypes[0], kinds)}
-    data = Data(kinds, inputs, dense, given, arrays, scalars, hyperparameters, cotangent)
+    data = Data(kinds, inputs, dense, given, arrays, vectors, scalars, hyperparameters, cotangent)
     _share(config, data)
     if not config.is_head:
         _poison(random, config, data)
@@ -132,14 +142,18 @@ def _head(random: np.random.Generator, config: Configuration, kinds: list[str]) 
 def _labels(random: np.random.Generator, config: Configuration) -> tuple[Array, Array]:
     n, shape = config.draws, config.shape
     full = (n, *shape)
-    if config.labels == "sparse":
-        *rows, classes = full
-        ids = random.integers(-1, classes, (*rows, config.ids)) if classes else np.full((*rows, config.ids), -1)
-        dense = np.zeros((int(np.prod(rows)), classes))
-        flat = ids.reshape(len(dense), config.ids)
-        at = np.nonzero(flat >= 0)
-        dense[at[0], flat[at]] = 1
-        return dense.reshape(full), ids.astype(random.choice(["int32", "int16", "int64"]))
+    third = -1.0 if config.third is None else float(config.third)
+    if "sparse" in config.labels:
+        positive, ids = _sparse(random, full, config.ids)
+        dtype = np.dtype(random.choice(["int32", "int16", "int64"]))
+        if config.labels == "sparse":
+            return positive, ids.astype(dtype)
+        negative, others = _sparse(random, full, config.ids + 2)
+        dense = np.where(positive > 0, 1.0, np.where(negative > 0, 0.0, third))
+        return dense, np.concatenate([ids, others], -1).astype(dtype)
+    if config.labels == "partial packed":
+        bits = random.choice(4, full, p=[0.5, 0.15, 0.3, 0.05]).astype(np.int8)
+        return np.where(bits & 1, 1.0, np.where(bits & 2, 0.0, third)), bits
     share = random.choice([0.0, 0.02, 0.3, 0.5, 1.0], (n, *(1 for _ in shape)), p=[0.1, 0.2, 0.3, 0.3, 0.1])
     hard = (random.random(full) < share).astype(np.float64)
     if config.labels == "packed":
@@ -153,12 +167,36 @@ def _labels(random: np.random.Generator, config: Configuration) -> tuple[Array, 
     if config.beyond:
         low = 0 if dtype.kind == "u" else -3
         numbers = random.integers(low, 6, full).astype(np.float64)
-        left_out = numbers == ignored if ignored is not None else np.zeros(full, bool)
-        return np.where(left_out, float(ignored or 0), numbers > 0), numbers.astype(dtype)
+        meant = (numbers > 0).astype(np.float64)
+        for number in (config.third, ignored):
+            meant = np.where(numbers == number, numbers, meant) if number is not None else meant
+        return meant, numbers.astype(dtype)
+    if config.third is not None and dtype.kind in "iu":
+        hard = np.where(random.random(full) < 0.4, third, hard)
     fits = ignored is not None and dtype.kind in "iu" and np.iinfo(dtype).min <= ignored <= np.iinfo(dtype).max
     if fits:
         hard = np.where(random.random(full) < 0.25, float(ignored), hard)
     return hard, hard.astype(dtype)
+
+
+def _sparse(random: np.random.Generator, full: Shape, count: int) -> tuple[Array, Array]:
+    """Labels and their ids, `count` or fewer a row."""
+    *rows, classes = full
+    ids = random.integers(-1, classes, (*rows, count)) if classes else np.full((*rows, count), -1)
+    if count == classes:
+        ids[..., :1] = -1  # or they may be refused, for what looks like dense labels
+    dense = np.zeros((int(np.prod(rows)), classes))
+    flat = ids.reshape(len(dense), count)
+    at = np.nonzero(flat >= 0)
+    dense[at[0], flat[at]] = 1
+    return dense.reshape(full), ids
+
+
+def _vector(random: np.random.Generator, config: Configuration, name: str) -> Array:
+    """Few values: `random_family` takes one clip after the other."""
+    shape, dtype = config.by_class[name]
+    few = random.choice(np.array(config.kind.choices[name], np.float64), 4)
+    return _cast(random.choice(few, (config.draws, *shape)), dtype)
 
 
 def _array(random: np.random.Generator, name: str, shape: Shape, dtype: str, kinds: list[str], alone: bool) -> Array:
@@ -184,18 +222,18 @@ def _hyperparameters(config: Configuration) -> tuple[list[tuple[float, ...]], di
     groups = max(1, config.mapped)
     chosen = [list(config.hyperparameters[i % len(config.hyperparameters)]) for i in range(config.draws)]
     scalars = {}
-    for at, name in enumerate(NAMES):
+    for at, name in enumerate(config.names):
         if name in config.traced:
             stack = _cast(np.array([float(three[at]) for three in chosen]), config.traced[name])
             if name in config.shared and config.mapped:
                 stack = np.repeat(stack[::groups], groups)[: config.draws]
             scalars[name] = stack
-            for three, number in zip(chosen, stack, strict=True):
-                three[at] = number
+            for numbers, number in zip(chosen, stack, strict=True):
+                numbers[at] = number
         else:
-            for three in chosen:
-                three[at] = config.hyperparameters[0][at]
-    return [tuple(map(float, three)) for three in chosen], scalars
+            for numbers in chosen:
+                numbers[at] = config.hyperparameters[0][at]
+    return [tuple(map(float, numbers)) for numbers in chosen], scalars
 
 
 def _share(config: Configuration, data: Data) -> None:
@@ -206,7 +244,7 @@ def _share(config: Configuration, data: Data) -> None:
     for name in config.shared:
         if name == "labels":
             data.dense, data.given = data.dense[first], data.given[first]
-        for stacks in (data.arrays, data.inputs):
+        for stacks in (data.arrays, data.vectors, data.inputs):
             if name in stacks:
                 stacks[name] = stacks[name][first]
 
@@ -223,7 +261,7 @@ def _poison(random: np.random.Generator, config: Configuration, data: Data) -> N
     if "where" in data.arrays:
         out |= ~expand(data.arrays["where"], x.ndim)
         checked = config.mode != "others" and not ({"where", "labels"} & set(config.shared) and config.mapped)
-        if checked and config.labels not in ("packed", "sparse", "bool"):
+        if checked and config.labels not in (*FORMS, "bool"):
             junk = np.asarray(np.nan if config.soft else 7).astype(data.given.dtype)
             wrong = out & (random.random(x.shape) < 0.3)
             data.given, data.dense = np.where(wrong, junk, data.given), np.where(wrong, 0.0, data.dense)

@@ -9,13 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from cases import careful_pair
-from random_configurations import NAMES, Configuration
+from random_configurations import Configuration
 from random_data import ORDINARY, Array, Data, expand
 
 from reference import float64
 
 SINGLE = float(np.finfo(np.float32).eps)
 PIECE = 4**8
+LARGEST_WEIGHTS = 20  # more than a weight times a pos_weight
 
 
 class Truth:
@@ -97,7 +98,7 @@ class Truth:
             options["label_smoothing"] = float(options["label_smoothing"])
         for three in dict.fromkeys(self.data.hyperparameters):
             which = np.array([other == three for other in self.data.hyperparameters])
-            yield which, options | dict(zip(NAMES, three, strict=True))
+            yield which, options | dict(zip(self.config.names, three, strict=True))
 
     @functools.cached_property
     def doubts(self) -> Array:
@@ -119,6 +120,16 @@ class Truth:
         (_, below), (_, above) = (self._in_float64(self.logits + s * step, value=False) for s in (-1, 1))
         return np.nan_to_num(np.where(near, abs(above - below), 0.0), posinf=0.0)
 
+    @property
+    def doubts_of_values(self) -> Array:
+        """By how much an element's loss may err because it jumps near its logit."""
+        return np.zeros(self.logits.shape)
+
+    @property
+    def doubts_of_sides(self) -> Array:
+        """The same of either side alone, for gradients by weights and labels."""
+        return np.zeros(self.logits.shape)
+
     def wrong_values(self, found: Array) -> tuple[Array, str]:
         elements, careful = self.elements[0], self.careful[0]
         with np.errstate(invalid="ignore"):
@@ -132,6 +143,7 @@ class Truth:
             extra = 0.0
         if self.config.is_head:
             extra = extra + np.nan_to_num(abs(self.elements[1]) * self.doubt, posinf=0.0).sum(self.axes)
+        extra = extra + self.doubts_of_values.sum(self.axes)
         careful_sum = np.asarray(jnp.sum(careful, self.axes)) if self.axes else careful
         return self._wrong("loss", found, truth, careful_sum, size, extra, ())
 
@@ -150,11 +162,8 @@ class Truth:
         assert self.operands is not None
         slope, near = self._outer(self.elements[1]), self._outer(self.careful[1]).astype(np.float32)
         doubt = self.doubts * abs(self.cotangent)
-        kept = np.broadcast_to(self.arguments.get("where", np.True_), self.logits.shape)
-        if (ignored := self.config.options.get("ignore_label")) is not None:
-            kept = kept & (self.data.dense != ignored)
         # Of an example, or a class, of which nothing counts, what isn't finite goes into no product.
-        kept = _flat(kept)
+        kept = _flat(self.kept)
         f = np.where(kept.any(-1, keepdims=True), _flat(self.operands[0]), 0.0)
         w = np.where(kept.any(-2, keepdims=True), self.operands[1], 0.0)
         g, g32, u = _flat(slope), _flat(near), _flat(doubt)
@@ -182,22 +191,36 @@ class Truth:
             wrong, sentence = wrong | bad, sentence or said
         return wrong, sentence
 
+    @functools.cached_property
+    def kept(self) -> Array:
+        """Which elements count."""
+        kept = np.broadcast_to(self.arguments.get("where", np.True_), self.logits.shape)
+        if (ignored := self.config.options.get("ignore_label")) is not None:
+            kept = kept & (self.data.dense != ignored)
+        return kept
+
+    def sides(self) -> tuple[Array, Array, Array, Array | bool]:
+        """The share of the positive side in each element, its loss, the other's, and where pos_weight is that's too."""
+        x = np.where(self.kept, self.logits, 0.0)
+        positive, negative = (self._in_float64(x, side)[0] for side in (1.0, 0.0))
+        return np.where(self.kept, self.data.dense, 0.0), positive, negative, False
+
     def wrong_other_gradients(self, found: dict[str, Array]) -> tuple[Array, str]:
         """Those by weights, pos_weight and soft labels."""
         ones = np.ones(self.logits.shape)
         weights, pos_weight = (self.arguments.get(name, ones) for name in ("weights", "pos_weight"))
-        kept = np.broadcast_to(self.arguments.get("where", np.True_), self.logits.shape)
-        positive, negative = (self._in_float64(np.where(kept, self.logits, 0.0), side)[0] for side in (1.0, 0.0))
+        y, positive, negative, relabelled = self.sides()
         s = float(self.config.options.get("label_smoothing", 0.0))
-        y = np.where(kept, self.data.dense, 0.0)
-        if (ignored := self.config.options.get("ignore_label")) is not None:
-            kept = kept & (y != ignored)
-        y = np.where(kept, y, 0.0) * (1 - s) + s / 2
-        outer = np.where(kept, self.cotangent, 0.0)
+        y = y * (1 - s) + s / 2
+        outer = np.where(self.kept, self.cotangent, 0.0)
+        by_state = np.where(relabelled, pos_weight, 1.0)
         terms = {
-            "weights": (outer * pos_weight * y * positive, outer * (1 - y) * negative),
-            "pos_weight": (outer * weights * y * positive,),
-            "labels": (outer * weights * (1 - s) * pos_weight * positive, -outer * weights * (1 - s) * negative),
+            "weights": (outer * pos_weight * y * positive, outer * by_state * (1 - y) * negative),
+            "pos_weight": (outer * weights * y * positive, outer * weights * (1 - y) * negative * relabelled),
+            "labels": (
+                outer * weights * (1 - s) * pos_weight * positive,
+                -outer * weights * (1 - s) * by_state * negative,
+            ),
         }
         wrong, sentence = np.zeros(self.config.draws, bool), ""
         for name, gradient in found.items():
@@ -207,13 +230,13 @@ class Truth:
             size = sum(map(abs, terms[name])).sum(axes, keepdims=True)
             roundings = (str(gradient.dtype),) * 2
             shaped = gradient.reshape(like)
-            extra = np.full(like, 0.0)
+            extra = self.doubts_of_sides * abs(outer) * LARGEST_WEIGHTS
             if self.config.is_head:
-                slopes = (self._in_float64(self.logits, side, value=True)[1] for side in (1.0, 0.0))
-                extra = extra + np.nan_to_num(sum(map(abs, slopes)) * self.doubt * abs(outer) * 20).sum(
-                    axes, keepdims=True
-                )
-            bad, said = self._wrong(f"gradient of {name}", shaped, truth, truth, size, extra + 4e-6 * size, roundings)
+                slopes = (self._in_float64(self.logits, side)[1] for side in (1.0, 0.0))
+                extra = extra + np.nan_to_num(sum(map(abs, slopes)) * self.doubt * abs(outer) * LARGEST_WEIGHTS)
+            extra = extra.sum(axes, keepdims=True)
+            extra = extra + (0.0 if self.double else 4e-6) * size
+            bad, said = self._wrong(f"gradient of {name}", shaped, truth, truth, size, extra, roundings)
             wrong, sentence = wrong | bad, sentence or said
         return wrong, sentence
 
@@ -239,8 +262,10 @@ class Truth:
                     bound[which] = 1.5 * np.max(among, where=np.isfinite(among), initial=0.0) + 1e-6
         for dtype in roundings:
             share = np.minimum(np.where(np.isfinite(truth), abs(truth), 0.0) / size, 1.0)
-            bound = bound + float(jnp.finfo(dtype).eps) / 2 * (share if len(roundings) == 2 else 1.0) * (1 + bound)
-        bound = bound + extra / size
+            kind = jnp.finfo(dtype)
+            bound = bound + float(kind.eps) / 2 * (share if len(roundings) == 2 else 1.0) * (1 + bound)
+            bound = bound + float(kind.smallest_subnormal) / 2 / size  # below that a number is 0
+        bound = bound + np.where(np.isfinite(extra), extra, 0.0) / size
         excess = _error(found, truth, size) - bound
         if roundings:  # beyond the largest number of the dtype it is infinite
             most = float(jnp.finfo(roundings[-1]).max)

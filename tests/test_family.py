@@ -342,6 +342,41 @@ def test_a_focus_that_counts_as_a_constant_is_one_in_second_derivatives_too(name
     np.testing.assert_allclose(curvature(loss), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_numbers_of_sides_are_float64_beside_float64_logits():
+    x, y, _ = inputs()
+    with jax.enable_x64(True):
+        found = multilabel_loss(FocalLoss(2.0, 0.1), jnp.asarray(x, jnp.float64), y, axis=())
+        sides = [
+            family.focal(np.asarray(x, np.float64), positive, gamma=2.0, alpha=0.1)[0] for positive in (True, False)
+        ]
+        np.testing.assert_allclose(found, np.where(y > 0, *sides), rtol=1e-12, atol=1e-15)
+
+
+EDGES: dict[str, tuple[Any, Any, float, int, float]] = {
+    # Of numbers and of arrays that hold them: a loss whose number matters at a logit with a label, and its value there.
+    "0^0": (AsymmetricPolynomialLoss, {"gamma_neg": 0.0, "epsilon_neg": -0.5, "clip": 0.05}, -9.0, 0, 0.5),
+    "no margin": (AsymmetricPolynomialLoss, {"clip": 0.0, "gamma_neg": 1.0}, 200.0, 0, 200.0),
+    "no margin of three states": (SelectiveLoss, {"clip": 0.0}, 200.0, 0, 200.0),
+    "no weight of positives": (FocalLoss, {"gamma": 0.0, "alpha": 0.0}, -np.inf, 1, 0.0),
+    "no weight of negatives": (FocalLoss, {"gamma": 2.0, "alpha": 1.0}, np.inf, 0, 0.0),
+    "no weight of varifocal negatives": (VarifocalLoss, {"alpha": 0.0}, np.inf, 0, 0.0),
+    "no weight of three states": (SelectiveLoss, {"alpha_neg": 0.0}, np.inf, 0, 0.0),
+    "every probability is above 0": (SelfPacedLoss, {"threshold": 0.0}, -200.0, 0, 200.0),
+    "but that of -inf": (SelfPacedLoss, {"threshold": 0.0}, -np.inf, 0, 0.0),
+}
+
+
+@pytest.mark.parametrize("as_array", [float, jnp.float32, lambda number: np.full(3, number, np.float32)])
+@pytest.mark.parametrize("name", EDGES)
+def test_a_number_at_its_bound_means_the_same_in_an_array(name, as_array):
+    make, numbers, logit, label, expected = EDGES[name]
+    loss = make(**{key: as_array(number) for key, number in numbers.items()})
+    x, y = jnp.full((2, 3), logit, jnp.float32), jnp.full((2, 3), label, jnp.int8)
+    value, slope = jax.value_and_grad(lambda x: multilabel_loss(loss, x, y, axis=()).mean())(x)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert np.isfinite(slope).all()
+
+
 def test_labels_beyond_a_losss_states_are_named():
     x = np.zeros((2, 3), np.float32)
     with pytest.raises(ValueError, match="labels hold -1; expected 0 or 1"):

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.losses.base import EXACT, ElementwiseLoss, Label, Ops
+from asl_pallas.losses.base import EXACT, ElementwiseLoss, Label, Ops, unless_infinite
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]
@@ -127,7 +127,7 @@ class Task:
         if self.is_soft(tile.labels.dtype):
             tile = _without_left_out(tile._replace(labels=labels), keep, ops)
             return self._weighted(self._mixed(loss, x, tile, ops), tile, keep)
-        label = self._label_of(labels, tile.negatives)
+        label = self._label_of(labels, tile.negatives)._replace(dtype=x.dtype)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
         if tile.pos_weight is not None:
@@ -214,7 +214,9 @@ class Task:
         y = _is_positive(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
             y = _between_0_and_1(labels)
-        of_positive, of_negative = (self._of_loss(loss, x, Label(positive), ops) for positive in (True, False))
+        of_positive, of_negative = (
+            self._of_loss(loss, x, Label(positive, dtype=x.dtype), ops) for positive in (True, False)
+        )
         taken_for_positive = loss.relabel(x, Label(False), ops).positive
 
         def mix(yes: Array, no: Array) -> Array:
@@ -223,13 +225,13 @@ class Task:
                 y_plus = y_plus * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
             y_minus = 1.0 - y_plus
             # A side without a share is left out even where it, or its weight, is infinite.
-            yes = _unless_infinite(y_plus, yes)
-            no = _unless_infinite(y_minus, no)
+            yes = unless_infinite(y_plus, yes)
+            no = unless_infinite(y_minus, no)
             if tile.pos_weight is not None:
                 weight = tile.pos_weight.astype(yes.dtype)
-                yes = _unless_infinite(y_plus, weight) * yes
+                yes = unless_infinite(y_plus, weight) * yes
                 if taken_for_positive is not False:
-                    no = jnp.where(taken_for_positive, _unless_infinite(y_minus, weight), 1.0) * no
+                    no = jnp.where(taken_for_positive, unless_infinite(y_minus, weight), 1.0) * no
             return y_plus * yes + y_minus * no
 
         return jax.tree.map(mix, of_positive, of_negative)
@@ -297,11 +299,6 @@ def _without_left_out(tile: Operands, keep: Array | None, ops: Ops) -> Operands:
         return jnp.where(keep, array, jnp.zeros_like(array))
 
     return tile._replace(labels=kept(tile.labels), weights=kept(tile.weights), pos_weight=kept(tile.pos_weight))
-
-
-def _unless_infinite(share: Array, x: Array) -> Array:
-    """x, and 0 where it is infinite and has no share in the loss."""
-    return jnp.where(jnp.logical_and(share == 0.0, x == jnp.inf), 0.0, x)
 
 
 def _between_0_and_1(labels: Array) -> Array:

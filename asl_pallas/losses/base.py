@@ -158,16 +158,18 @@ class Label(NamedTuple):
       positive: False for a negative and for what is not annotated.
       unannotated: of losses with three states.
       target: soft labels between 0 and 1, for losses that don't mix two sides; None for hard ones.
+      dtype: of numbers that are selected: that of the logits that come with the label.
     """
 
     positive: Array | bool
     unannotated: Array | bool = False
     target: Array | None = None
+    dtype: Any = jnp.float32
 
     def select(self, positive: Any, negative: Any, unannotated: Any = None) -> Any:
         """Element by element one of the values, which may be numbers; the negatives' for lack of a third."""
-        value = select(self.positive, positive, negative, jnp.float32)
-        return value if unannotated is None else select(self.unannotated, unannotated, value, jnp.float32)
+        value = select(self.positive, positive, negative, self.dtype)
+        return value if unannotated is None else select(self.unannotated, unannotated, value, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,11 +298,12 @@ def power(m: Array, n: float) -> Array | float:
 
 
 def to_the(exponent: Hyperparameter, m: Array) -> Array | float:
-    """m^exponent for m >= 0, 0 where m is 0 but for an exponent that is known to be 0."""
+    """m^exponent for m >= 0; 0^0 is 1."""
     if is_chain(exponent):
         return power(m, exponent)
     outside = is_nothing(m)
-    return jnp.where(outside, 0.0, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m))))
+    of_nothing = 0.0 if is_static(exponent) else jnp.where(exponent == 0.0, 1.0, 0.0)
+    return jnp.where(outside, of_nothing, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m))))
 
 
 def constant_if(stopped: bool, factor: Any, ops: Ops) -> Any:
@@ -360,7 +363,16 @@ def is_focused(*exponents: Hyperparameter) -> bool:
 def unbounded(log: Array, u: Array, label: Label, clip: Hyperparameter, ops: Ops) -> Array:
     """-log(1 - m) also where exp(u) is at its limit: there it is u for what has no margin, and elsewhere it is more."""
     of_any = ops.maximum(log, u)
-    return label.select(of_any, log) if has_margin(clip) else of_any
+    if not has_margin(clip):
+        return of_any
+    if is_static(clip):
+        return label.select(of_any, log)
+    return jnp.where(label.select(0.0, clip) == 0.0, of_any, log)
+
+
+def unless_infinite(weight: Array, x: Array) -> Array:
+    """x, and 0 where it is infinite and its weight is 0: what has no weight counts for nothing."""
+    return jnp.where(jnp.logical_and(weight == 0.0, jnp.abs(x) == jnp.inf), 0.0, x)
 
 
 def surprise(m: Array, over: Array, ops: Ops, focused: bool) -> Array:

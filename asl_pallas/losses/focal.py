@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jax import Array
 
 from asl_pallas.losses.asymmetric import AsymmetricLoss
-from asl_pallas.losses.base import EXACT, ElementwiseLoss, Hyperparameter, Label, Ops, hyperparameter
+from asl_pallas.losses.base import (
+    EXACT,
+    ElementwiseLoss,
+    Hyperparameter,
+    Label,
+    Ops,
+    hyperparameter,
+    is_static,
+    unless_infinite,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +66,11 @@ class FocalLoss(ElementwiseLoss):
     non_negative: ClassVar[bool] = True
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
-        value = self._unweighted.value(logit, label, ops)
-        return value * self._weight(label)
+        return self._weighted(self._unweighted.value(logit, label, ops), label)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         value, slope = self._unweighted.value_and_slope(logit, label, ops)
-        weight = self._weight(label)
-        return value * weight, slope * weight
+        return self._weighted(value, label), self._weighted(slope, label)
 
     def sign(self, gradient: bool) -> float:
         return self._unweighted.sign(gradient)
@@ -76,5 +83,10 @@ class FocalLoss(ElementwiseLoss):
     def _unweighted(self) -> AsymmetricLoss:
         return AsymmetricLoss(self.gamma, self.gamma, 0.0)
 
-    def _weight(self, label: Label) -> Any:
-        return 1.0 if self.alpha is None else label.select(self.alpha, 1.0 - self.alpha)
+    def _weighted(self, x: Array, label: Label) -> Array:
+        if self.alpha is None:
+            return x
+        weight = label.select(self.alpha, 1.0 - self.alpha)
+        if is_static(self.alpha) and 0 < self.alpha < 1:
+            return x * weight
+        return unless_infinite(weight, x) * weight

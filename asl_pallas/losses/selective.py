@@ -113,11 +113,12 @@ class SelectiveLoss(ElementwiseLoss):
     def _weighted(self, x: Array, wrong: Array, label: Label) -> Array:
         """x times its state's weight; 0 where it is ignored, even if it is infinite."""
         weight = label.select(self.alpha_pos, self.alpha_neg, self.alpha_unann)
+        if is_static(weight) and weight == 0:
+            return jnp.zeros_like(x)
         without = [] if is_static(weight) else [weight == 0.0]
         if not is_static(self.likelihood_threshold) or self.likelihood_threshold < 1.0:
             without.append(jnp.logical_and(label.unannotated, wrong > self.likelihood_threshold))
         if self.prior is not None:
             without.append(jnp.logical_and(label.unannotated, self.prior > self.prior_threshold))
-        if not without:
-            return x * weight if weight else jnp.zeros_like(x)
-        return jnp.where(functools.reduce(jnp.logical_or, without), 0.0, x * weight)
+        weighted = x * weight
+        return jnp.where(functools.reduce(jnp.logical_or, without), 0.0, weighted) if without else weighted

@@ -65,8 +65,11 @@ class SelfPacedLoss(ElementwiseLoss):
         if is_static(p):
             missing = logit > (math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5))
         else:
-            missing = bounded_exp(logit, ops) * (1.0 - p) > p
-        return Label(missing if label.positive is False else jnp.logical_or(label.positive, missing))
+            # Above 0 is every probability but that of -inf, though the smallest underflow.
+            above_nothing = jnp.logical_and(p == 0.0, logit > -jnp.inf)
+            missing = jnp.logical_or(bounded_exp(logit, ops) * (1.0 - p) > p, above_nothing)
+        positive = missing if label.positive is False else jnp.logical_or(label.positive, missing)
+        return label._replace(positive=positive)
 
     def sign(self, gradient: bool) -> float:
         return self._focal.sign(gradient)

@@ -8,7 +8,17 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.losses.base import EXACT, ElementwiseLoss, Hyperparameter, Label, Ops, hyperparameter, to_the
+from asl_pallas.losses.base import (
+    EXACT,
+    ElementwiseLoss,
+    Hyperparameter,
+    Label,
+    Ops,
+    hyperparameter,
+    is_static,
+    to_the,
+    unless_infinite,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +61,11 @@ class VarifocalLoss(ElementwiseLoss):
         minus_log_q = ops.maximum(logit, 0.0) + log
         minus_log_p = ops.maximum(0.0 - logit, 0.0) + log
         focus = self.alpha * to_the(self.gamma, p)
+        of_negative = minus_log_q
+        if not is_static(self.alpha) or self.alpha == 0:
+            of_negative = unless_infinite(focus, minus_log_q)
         entropy = jnp.where(q > 0.0, q * minus_log_q, q)  # its limit at infinity is 0
-        negative = focus * minus_log_q, focus * (p + self.gamma * entropy)
+        negative = focus * of_negative, focus * (p + self.gamma * entropy)
         if label.target is None:
             positive = minus_log_p, 0.0 - q
         else:
