@@ -377,6 +377,17 @@ def test_a_number_at_its_bound_means_the_same_in_an_array(name, as_array):
     assert np.isfinite(slope).all()
 
 
+def test_beside_the_margin_a_slope_is_that_of_one_probability():
+    """A quotient of m^gamma and m had two of them on a CPU that multiplies and adds at once."""
+    x, y, clip = np.float32([[-2.9434085]]), np.int8([[0]]), 0.050048828125
+    settings: dict[str, Any] = {"gamma_neg": 1.0, "clip": clip, "epsilon_neg": -0.5, "stop_focus_gradient": False}
+    truth = family.asymmetric_polynomial(x.astype(np.float64), False, **settings)[1]
+    for gamma in (1.0, jnp.float32(1)):
+        loss = AsymmetricPolynomialLoss(**settings | {"gamma_neg": gamma})
+        slope = jax.grad(lambda x, loss=loss: multilabel_loss(loss, x, y, axis=None))(x)
+        np.testing.assert_allclose(slope, truth, rtol=2e-4)
+
+
 def test_labels_beyond_a_losss_states_are_named():
     x = np.zeros((2, 3), np.float32)
     with pytest.raises(ValueError, match="labels hold -1; expected 0 or 1"):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from cases import evaluate, interpreted, optimising
 
-from asl_pallas import asymmetric_loss, linear_asymmetric_loss
+from asl_pallas import asymmetric_loss, linear_asymmetric_loss, multilabel_loss
 from asl_pallas.kernels.summation import add_exactly, sum_last, sum_over, total_of
+from asl_pallas.losses import HillLoss
 from reference import float64
 
 CROSS_ENTROPY = {"gamma_neg": 0.0, "gamma_pos": 0.0, "clip": 0.0}
@@ -117,3 +118,13 @@ def test_exact_addition_keeps_what_a_rounding_loses_and_infinity_and_nan():
     for x in (jnp.inf, -jnp.inf, jnp.nan):
         total, lost = add_exactly(*add_exactly(jnp.float32(1), jnp.float32(0), jnp.float32(x)), jnp.float32(1))
         np.testing.assert_array_equal(total_of(total, lost), x)
+
+
+def test_two_small_sums_stay_two():
+    """XLA made one of 961 numbers of them, whose rounding error grows with their count."""
+    x = jnp.zeros((31, 31))
+    y = np.zeros((31, 31), np.int8)
+    total = jax.jit(lambda lamb, x: multilabel_loss(HillLoss(lamb), x, y, axis=None))
+    for lamb in np.linspace(0.6, 2, 57, dtype=np.float32):
+        exact = 961 * (float(lamb) - 0.5) * 0.25
+        assert abs(float(total(lamb, x)) - exact) <= 62 * 2**-24 * exact

@@ -57,7 +57,6 @@ _EXACT = Ops(
     log=log,
     log1p=_log1p,
     reciprocal=lambda z: 1.0 / z,
-    quotient=lambda n, d: n / d,
     maximum=jnp.maximum,
     minimum=jnp.minimum,
     negate=lambda condition, x: jnp.where(condition, -x, x),

@@ -93,7 +93,7 @@ class AsymmetricLoss(ElementwiseLoss):
             gamma = select(positive, of_positive, of_negative, m.dtype)
             return (shared * m) * loss, (slope * shared) * ops.multiply_add(gamma, log, m * over)
         focus = self._power(m, positive)
-        return focus * loss, slope * ops.multiply_add(self._power_derived(m, positive, ops), log, focus * over)
+        return focus * loss, slope * ops.multiply_add(self._power_derived(m, positive), log, focus * over)
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         """From v, the logit of the right answer: log(1 - m) has no reciprocal to wait for."""
@@ -173,12 +173,12 @@ class AsymmetricLoss(ElementwiseLoss):
         of_positive, of_negative = map(of_side, sides)
         return select(positive, of_positive, of_negative, m.dtype)
 
-    def _power_derived(self, m: Array, positive: Array | bool, ops: Ops) -> Array | float:
+    def _power_derived(self, m: Array, positive: Array | bool) -> Array | float:
         """gamma * m^(gamma - 1)."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(map(is_chain, sides)):
-            of_side, base, gamma = self._any_power(m, positive)
-            return gamma * ops.quotient(of_side, base)
+            _, base, gamma = self._any_power(m, positive)
+            return gamma * jnp.exp((gamma - 1.0) * jnp.log(base))  # see derived_power
         of_positive, of_negative = (gamma * power(m, gamma - 1) if gamma else 0.0 for gamma in sides)
         return select(positive, of_positive, of_negative, m.dtype)
 

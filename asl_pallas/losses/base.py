@@ -83,7 +83,6 @@ class Ops:
       exp: of numbers up to 80 in float32, and of any below: there it may be 0.
       log, reciprocal: of numbers between 1e-35 and 1e35.
       log1p: of numbers between -0.5 and 0.
-      quotient: of any numbers, to half a unit in the last place or nearly.
       maximum, minimum: of an array and a bound. By selects: as one instruction max and min drop a NaN on a GPU, and
         jnp's, which keep it, are five instructions on a CPU.
       multiply_add: a * b + c, rounded once where there is one instruction for it.
@@ -104,7 +103,6 @@ class Ops:
     log: Callable[[Array], Array] = jnp.log
     log1p: Callable[[Array], Array] = jnp.log1p
     reciprocal: Callable[[Array], Array] = _reciprocal
-    quotient: Callable[[Array, Array], Array] = _quotient
     maximum: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
     minimum: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
     multiply_add: Callable[[Any, Array, Array], Array] = lambda a, b, c: a * b + c
@@ -138,7 +136,6 @@ def with_derivatives(ops: Ops) -> Ops:
         log1p=define(ops.log1p, lambda y, x, t: t * ops.reciprocal(1.0 + x)),
         reciprocal=define(ops.reciprocal, lambda y, x, t: 0.0 - (y * y) * t),
         stop_gradient=define(lambda x: x, lambda y, x, t: jnp.zeros_like(t)),
-        quotient=_quotient,
         **{name: getattr(EXACT, name) for name in ("maximum", "minimum", "multiply_add", "negate")},
         cut=EXACT.cut,
         infer_label_from_slope=False,
@@ -316,11 +313,14 @@ def is_nothing(m: Array) -> Array:
     return m < float(jnp.finfo(m.dtype).tiny)
 
 
-def derived_power(exponent: Hyperparameter, m: Array, ops: Ops) -> Array | float:
-    """The derivative of m^exponent in m; anything where m is 0."""
+def derived_power(exponent: Hyperparameter, m: Array) -> Array | float:
+    """The derivative of m^exponent in m; anything where m is 0.
+
+    No quotient of the power by m: a compiler may round m, a difference, in two ways where it is used twice.
+    """
     if is_chain(exponent):
         return exponent * power(m, exponent - 1) if exponent else 0.0
-    return exponent * ops.quotient(jnp.asarray(to_the(exponent, m)), jnp.where(is_nothing(m), 1.0, m))
+    return exponent * jnp.exp((exponent - 1.0) * jnp.log(jnp.where(is_nothing(m), 1.0, m)))
 
 
 class WrongAnswer(NamedTuple):

@@ -78,7 +78,7 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         value = focus * self._of_log(unbounded(log, u, label, self.clip, ops), m, label)
         slope = focus * (over - label.select(self.epsilon_pos + self.epsilon_pos_2 * m, 0.0 - self.epsilon_neg))
         if not self.stop_focus_gradient:
-            derived = label.select(derived_power(self.gamma_pos, m, ops), derived_power(self.gamma_neg, m, ops))
+            derived = label.select(derived_power(self.gamma_pos, m), derived_power(self.gamma_neg, m))
             slope = slope + derived * self._of_log(log, m, label)
         slope = jnp.where(m <= 0.0, 0.0, slope * (wrong * right))  # a NaN stays one
         return value, label.select(0.0 - slope, slope)

@@ -93,7 +93,7 @@ class SelectiveLoss(ElementwiseLoss):
         focus = self._focus(m, label, ops)
         slope = focus * over
         if not self.stop_focus_gradient:
-            slope = slope + label.select(*(derived_power(gamma, m, ops) for gamma in self._gammas)) * log
+            slope = slope + label.select(*(derived_power(gamma, m) for gamma in self._gammas)) * log
         slope = jnp.where(m <= 0.0, 0.0, slope * (wrong * right))  # a NaN stays one
         value = self._weighted(focus * unbounded(log, u, label, self.clip, ops), wrong, label)
         return value, self._weighted(label.select(0.0 - slope, slope), wrong, label)
