@@ -322,6 +322,7 @@ def test_a_third_state_has_a_loss_of_its_own(loss, by_prior, implementation):
     assert_no_worse(np.asarray(found[1]), true_slope * ct[:, None], slope * ct[:, None], "gradient")
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("name", ["polynomial", "selective"])
@@ -366,6 +367,7 @@ EDGES: dict[str, tuple[Any, Any, float, int, float]] = {
 }
 
 
+@pytest.mark.mostly_long(short=9)
 @pytest.mark.parametrize("as_array", [float, jnp.float32, lambda number: np.full(3, number, np.float32)])
 @pytest.mark.parametrize("name", EDGES)
 def test_a_number_at_its_bound_means_the_same_in_an_array(name, as_array):
