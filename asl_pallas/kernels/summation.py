@@ -56,12 +56,14 @@ def _sum_rows(x: Array, axis: int) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_over(x: Array, axes: tuple[int, ...]) -> Array:
     """jnp.sum over the axes, on the CPU by `sum_last`. The reductions of accelerators are trees already."""
+    if not axes:
+        return x
     sizes = [x.shape[axis] for axis in axes]
     is_small = all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= GROUP_OF_A_SUM
     # Of an array on Explicit mesh axes no dimension may be reshaped, and of a symbolic one no size is known.
-    if not axes or is_small or not all(isinstance(n, int) for n in x.shape) or any(jax.typeof(x).sharding.spec):
+    if is_small or not all(isinstance(n, int) for n in x.shape) or any(jax.typeof(x).sharding.spec):
         # Behind a barrier: of two small sums, over the classes and over the examples, XLA would make one long one.
-        return jnp.sum(lax.optimization_barrier(x), axes) if axes else x
+        return jnp.sum(lax.optimization_barrier(x), axes)
     return by_platform(x, _SumCode(axes))
 
 

@@ -59,20 +59,15 @@ _BOUNDS = "asl_pallas bounds"
 
 
 @jax.custom_jvp
-def _quotient(n: Array, d: Array) -> Array:
-    return n / d
-
-
-@_quotient.defjvp
-def _quotient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    """In this order: autodiff's own has d^-2, which is infinite where the derivative isn't."""
-    d = primals[1]
-    q = _quotient(*primals)
-    return q, _quotient(tangents[0] - q * tangents[1], d)
-
-
 def _reciprocal(z: Array) -> Array:
-    return _quotient(jnp.ones_like(z), z)
+    return 1.0 / z
+
+
+@_reciprocal.defjvp
+def _reciprocal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """Of itself: autodiff's own has z^-2, which is infinite where the derivative isn't."""
+    y = _reciprocal(*primals)
+    return y, 0.0 - (y * tangents[0]) * y
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,9 +365,9 @@ def unbounded(log: Array, u: Array, label: Label, clip: Hyperparameter, ops: Ops
     return jnp.where(label.select(0.0, clip) == 0.0, of_any, log)
 
 
-def unless_infinite(weight: Array, x: Array) -> Array:
-    """x, and 0 where it is infinite and its weight is 0: what has no weight counts for nothing."""
-    return jnp.where(jnp.logical_and(weight == 0.0, jnp.abs(x) == jnp.inf), 0.0, x)
+def unless_infinite(weight: Array, x: Array, infinity: float = math.inf) -> Array:
+    """x, and 0 where it is that infinity and its weight is 0: what has no weight counts for nothing."""
+    return jnp.where(jnp.logical_and(weight == 0.0, x == infinity), 0.0, x)
 
 
 def surprise(m: Array, over: Array, ops: Ops, focused: bool) -> Array:

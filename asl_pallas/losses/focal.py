@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar
 
 from jax import Array
@@ -66,11 +67,12 @@ class FocalLoss(ElementwiseLoss):
     non_negative: ClassVar[bool] = True
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
-        return self._weighted(self._unweighted.value(logit, label, ops), label)
+        infinity = math.inf if ops.signed_per_element else -math.inf
+        return self._weighted(self._unweighted.value(logit, label, ops), label, infinity)
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         value, slope = self._unweighted.value_and_slope(logit, label, ops)
-        return self._weighted(value, label), self._weighted(slope, label)
+        return self._weighted(value, label, math.inf), self._weighted(slope, label, math.inf)
 
     def sign(self, gradient: bool) -> float:
         return self._unweighted.sign(gradient)
@@ -83,10 +85,10 @@ class FocalLoss(ElementwiseLoss):
     def _unweighted(self) -> AsymmetricLoss:
         return AsymmetricLoss(self.gamma, self.gamma, 0.0)
 
-    def _weighted(self, x: Array, label: Label) -> Array:
+    def _weighted(self, x: Array, label: Label, infinity: float) -> Array:
         if self.alpha is None:
             return x
         weight = label.select(self.alpha, 1.0 - self.alpha)
         if is_static(self.alpha) and 0 < self.alpha < 1:
             return x * weight
-        return unless_infinite(weight, x) * weight
+        return unless_infinite(weight, x, infinity) * weight
