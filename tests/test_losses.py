@@ -73,8 +73,8 @@ def test_one_compilation_with_traced_hyper_parameters_serves_every_gamma_and_cli
             )
 
 
-@pytest.mark.mostly_long(short=3)
-@pytest.mark.parametrize("traced", [("gamma_neg",), ("gamma_pos",), ("clip",), ("gamma_neg", "clip")])
+@pytest.mark.mostly_long(short=4)
+@pytest.mark.parametrize("traced", [(), ("gamma_neg",), ("gamma_pos",), ("clip",), ("gamma_neg", "clip")])
 def test_each_hyper_parameter_can_be_traced_while_the_others_are_not(implementation, traced):
     options = {"gamma_neg": 2.5, "gamma_pos": 1.0, "clip": 0.1}
     assert_parity(logits_of((5, 33)), labels_of((5, 33)), implementation=implementation, traced=traced, **options)

@@ -58,12 +58,9 @@ def sum_over(x: Array, axes: tuple[int, ...]) -> Array:
     """jnp.sum over the axes, on the CPU by `sum_last`. The reductions of accelerators are trees already."""
     if not axes:
         return x
-    sizes = [x.shape[axis] for axis in axes]
-    is_small = all(isinstance(size, int) for size in sizes) and math.prod(sizes) <= GROUP_OF_A_SUM
     # Of an array on Explicit mesh axes no dimension may be reshaped, and of a symbolic one no size is known.
-    if is_small or not all(isinstance(n, int) for n in x.shape) or any(jax.typeof(x).sharding.spec):
-        # Behind a barrier: of two small sums, over the classes and over the examples, XLA would make one long one.
-        return jnp.sum(lax.optimization_barrier(x), axes)
+    if not all(isinstance(n, int) for n in x.shape) or any(jax.typeof(x).sharding.spec):
+        return jnp.sum(x, axes)
     return by_platform(x, _SumCode(axes))
 
 
@@ -81,6 +78,9 @@ class _SumCode:
         return plain, {"cpu": self._by_groups, "default": plain}
 
     def _by_groups(self, x: Array) -> Array:
+        if math.prod(x.shape[axis] for axis in self.axes) <= GROUP_OF_A_SUM:
+            # Behind a barrier: of two small sums, over the classes and over the examples, XLA would make one long one.
+            return jnp.sum(lax.optimization_barrier(x), self.axes)
         kept = x.ndim - len(self.axes)
         if self.axes == tuple(range(kept, x.ndim)):
             return sum_last(x.reshape(*x.shape[:kept], math.prod(x.shape[kept:])))

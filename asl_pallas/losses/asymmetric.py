@@ -163,7 +163,7 @@ class AsymmetricLoss(ElementwiseLoss):
         """m^gamma of the element's own side, 0 below the margin."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(map(is_chain, sides)):
-            return self._any_power(m, positive)[0]
+            return self._any_power(m, positive, 0.0)[0]
 
         def of_side(gamma: float) -> Array | float:
             if gamma == 0 and self._has_margin:
@@ -177,17 +177,17 @@ class AsymmetricLoss(ElementwiseLoss):
         """gamma * m^(gamma - 1)."""
         sides = _sides(positive, self.gamma_pos, self.gamma_neg)
         if not all(map(is_chain, sides)):
-            _, base, gamma = self._any_power(m, positive)
-            return gamma * jnp.exp((gamma - 1.0) * jnp.log(base))  # see derived_power
+            less_one, gamma = self._any_power(m, positive, 1.0)  # see derived_power
+            return gamma * less_one
         of_positive, of_negative = (gamma * power(m, gamma - 1) if gamma else 0.0 for gamma in sides)
         return select(positive, of_positive, of_negative, m.dtype)
 
-    def _any_power(self, m: Array, positive: Array | bool) -> tuple[Array, Array, Array | float]:
-        """m^gamma, m or a 1 where it is 0, and gamma."""
+    def _any_power(self, m: Array, positive: Array | bool, less: float) -> tuple[Array, Array | float]:
+        """m^(gamma - less), and gamma. Where m is 0 the power is too: the logarithm beside it needn't be."""
         gamma = select(positive, self.gamma_pos, self.gamma_neg, m.dtype)
         outside = is_nothing(m)
-        base = jnp.where(outside, 1.0, m)
-        return jnp.where(outside, 0.0, jnp.exp(gamma * jnp.log(base))), base, gamma
+        exponent = gamma - less if less else gamma
+        return jnp.where(outside, 0.0, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m)))), gamma
 
 
 def _less_margin(wrong: Array, right: Array, margin: Any, ops: Ops) -> tuple[Array, Array]:
