@@ -194,7 +194,7 @@ def sigmoid_asymmetric_loss(
     """Asymmetric loss of each element, in the shape and with the names of optax's classification losses.
 
     Args:
-      logits: any float array, unnormalised log-odds.
+      logits: any float array.
       labels: the logits' shape: 0 and 1, or floats in [0, 1].
       gamma_neg, gamma_pos, clip: as in `asymmetric_loss`.
 

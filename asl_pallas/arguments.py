@@ -17,7 +17,8 @@ from asl_pallas.kernels.tile import Form
 from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
-from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, Label, hyperparameters
+from asl_pallas.losses.base import PER_CLASS, TRACED, Bounds, ElementwiseLoss, hyperparameters
+from asl_pallas.losses.ops import Label
 from asl_pallas.partial_labels import PartialLabels
 
 LOGITS_DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -273,11 +274,7 @@ def _check_hyperparameter(name: str, value: Any, bounds: Bounds) -> tuple[float 
     if not (jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"{name} is an array {array.dtype.name}{list(array.shape)}; expected {expected}")
     if not is_traced(array):
-        outside = [float(number) for number in np.ravel(np.asarray(array, np.float64)) if float(number) not in bounds]
-        if outside and array.ndim == 0:
-            raise ValueError(f"{name}={outside[0]}; expected {bounds.sentence(name)}")
-        if outside:
-            raise ValueError(f"{name} has the value {outside[0]}; expected {bounds.sentence(name)}")
+        bounds.check(name, array)
     return None, array
 
 

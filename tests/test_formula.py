@@ -17,7 +17,8 @@ from asl_pallas.kernels import mosaic_tpu, triton
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss, Label
-from asl_pallas.losses.base import EXACT, TRACED, Ops
+from asl_pallas.losses.base import TRACED
+from asl_pallas.losses.ops import EXACT, Ops
 from reference import float64
 
 LOGITS = np.array(

@@ -14,7 +14,7 @@ from cases import optimising
 from asl_pallas.kernels import mosaic_tpu, triton, xla
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.losses import ElementwiseLoss
-from asl_pallas.losses.base import EXACT
+from asl_pallas.losses.ops import EXACT
 
 
 @dataclasses.dataclass(frozen=True)

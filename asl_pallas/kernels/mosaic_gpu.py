@@ -25,7 +25,7 @@ from asl_pallas.kernels.logarithm import log
 from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, index_where_it_varies
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
 from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, unify_varying_axes
-from asl_pallas.losses.base import Ops
+from asl_pallas.losses.ops import Ops
 
 plgpu = mosaic_gpu_module()
 

@@ -25,7 +25,7 @@ from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task, index_where_it_varies
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
-from asl_pallas.losses.base import Ops
+from asl_pallas.losses.ops import Ops
 
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]

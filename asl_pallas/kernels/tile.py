@@ -18,7 +18,9 @@ import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.losses.base import EXACT, ElementwiseLoss, Label, Ops, unless_infinite
+from asl_pallas.losses.base import ElementwiseLoss
+from asl_pallas.losses.ops import EXACT, Label, Ops
+from asl_pallas.losses.pieces import unless_infinite
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]

@@ -28,7 +28,7 @@ from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
 from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
-from asl_pallas.losses.base import EXACT, Ops
+from asl_pallas.losses.ops import EXACT, Ops
 
 
 def _instruction(name: str, *numbers: Any) -> Array:

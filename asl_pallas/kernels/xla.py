@@ -14,7 +14,7 @@ from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
 from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
-from asl_pallas.losses.base import EXACT, Ops
+from asl_pallas.losses.ops import EXACT, Ops
 
 CPU = Ops(log=log, share_power=True, differentiable=False, reload_logit=True)
 _UNPACKED = 1024  # classes

@@ -8,23 +8,17 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.losses.base import (
-    EXACT,
+from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
+from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static, select
+from asl_pallas.losses.pieces import (
     LIMIT,
-    ElementwiseLoss,
-    Hyperparameter,
-    Label,
-    Ops,
     bounded_exp,
     constant_if,
     has_margin,
-    hyperparameter,
     is_chain,
     is_focused,
     is_nothing,
-    is_static,
     power,
-    select,
 )
 
 
@@ -73,7 +67,7 @@ class AsymmetricLoss(ElementwiseLoss):
         if margin is None:
             slope, over, u, m = ops.cut(_signed(positive, right * wrong, ops), 1.0 + e, u, wrong)
         else:
-            m, one_minus_m = _less_margin(wrong, right, margin, ops)
+            m, one_minus_m = _less_margin(ops.excess(u, wrong, margin), right, margin, ops)
             slope, one_minus_m, u, m = ops.cut(_signed(positive, right * wrong, ops), one_minus_m, u, m)
             over = ops.reciprocal(one_minus_m)
         slope, m, over, u = ops.cut(slope, m, over, u)
@@ -105,7 +99,7 @@ class AsymmetricLoss(ElementwiseLoss):
         if margin is None:
             one_minus_m, m, v = ops.cut(e * wrong, wrong, v)
         else:
-            m, one_minus_m = _less_margin(wrong, e * wrong, margin, ops)
+            m, one_minus_m = _less_margin(wrong - margin, e * wrong, margin, ops)
             one_minus_m, margin, m, v = ops.cut(one_minus_m, margin, m, v)
             if ops.infer_label_from_slope and is_static(self.clip) and not isinstance(positive, bool):
                 positive = margin == 0.0
@@ -133,7 +127,7 @@ class AsymmetricLoss(ElementwiseLoss):
 
     def _log(self, z: Array, m: Array, sign: float, ops: Ops) -> Array:
         """log(z), where z is 1 / (1 - m), or 1 - m for a sign of -1."""
-        if self._is_focused:
+        if self._is_focused and not ops.is_relative:
             return ops.log(z)
         # Nothing else makes easy elements negligible, and thousands of small losses add up: they have to be exact.
         return jnp.where(m < 0.5, -sign * ops.log1p(-ops.minimum(m, 0.5)), jnp.log(z))
@@ -190,9 +184,9 @@ class AsymmetricLoss(ElementwiseLoss):
         return jnp.where(outside, 0.0, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m)))), gamma
 
 
-def _less_margin(wrong: Array, right: Array, margin: Any, ops: Ops) -> tuple[Array, Array]:
-    """m, and 1 - m as (1 - w) + c, without cancellation. Rounding can take it past 1."""
-    return ops.maximum(wrong - margin, 0.0), right + margin
+def _less_margin(excess: Array, right: Array, margin: Any, ops: Ops) -> tuple[Array, Array]:
+    """m of w - c, and 1 - m as (1 - w) + c, without cancellation. Rounding can take it past 1."""
+    return ops.maximum(excess, 0.0), right + margin
 
 
 def _signed(positive: Array | bool, x: Array, ops: Ops) -> Array:

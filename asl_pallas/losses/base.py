@@ -9,16 +9,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
-# A hyper-parameter: a Python number compiles into specialised code; an array is an operand, so that one compilation
-# serves a schedule or a value per class.
-Hyperparameter = Any
+from asl_pallas.losses import link
+from asl_pallas.losses.ops import EXACT, Label, Ops, with_derivatives
 
 
 class _Mark(enum.Enum):
@@ -42,6 +42,13 @@ class Bounds(NamedTuple):
         within = self.least <= number <= self.most and (self.includes_most or number < self.most)
         return within and math.isfinite(number)
 
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError for a number, or one of an array's, outside."""
+        outside = [number for number in np.ravel(np.asarray(value, np.float64)).tolist() if number not in self]
+        if outside:
+            found = f"={outside[0]}" if np.ndim(value) == 0 else f" has the value {outside[0]}"
+            raise ValueError(f"{name}{found}; expected {self.sentence(name)}")
+
     def sentence(self, name: str) -> str:
         if math.isfinite(self.most):
             return f"{self.least:g} <= {name} {'<=' if self.includes_most else '<'} {self.most:g}"
@@ -56,112 +63,6 @@ def hyperparameter(
 
 
 _BOUNDS = "asl_pallas bounds"
-
-
-@jax.custom_jvp
-def _reciprocal(z: Array) -> Array:
-    return 1.0 / z
-
-
-@_reciprocal.defjvp
-def _reciprocal_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Of itself: autodiff's own has z^-2, which is infinite where the derivative isn't."""
-    y = _reciprocal(*primals)
-    return y, 0.0 - (y * tangents[0]) * y
-
-
-@dataclasses.dataclass(frozen=True)
-class Ops:
-    """A backend's arithmetic. Every operation gives NaN for NaN; the logarithm alone need not.
-
-    Attributes:
-      exp: of numbers up to 80 in float32, and of any below: there it may be 0.
-      log, reciprocal: of numbers between 1e-35 and 1e35.
-      log1p: of numbers between -0.5 and 0.
-      maximum, minimum: of an array and a bound. By selects: as one instruction max and min drop a NaN on a GPU, and
-        jnp's, which keep it, are five instructions on a CPU.
-      multiply_add: a * b + c, rounded once where there is one instruction for it.
-      negate: an array, with the other sign where a condition, an array too, holds.
-      stop_gradient: jax.lax.stop_gradient, or the identity where a backend has no such operation.
-      cut: the identity on its arguments. A TPU kernel may store these in memory and begin another tile before it goes
-        on with this one.
-      signed_per_element: each element's loss has its sign and isn't below 0. A kernel that only needs sums can do
-        without: it multiplies the sum by `ElementwiseLoss.sign`, and takes 0 for a sum that a rounding took below 0.
-      share_power: loss and slope share the power m^(gamma - 1): fewer operations, and more values in registers.
-      infer_label_from_slope: after the last cut, tell a positive by the slope's sign rather than reload its label.
-      differentiable: JAX may differentiate what is computed, so what is masked has to be finite in every factor.
-      reload_logit: the value's last part starts from the logit itself. XLA's CPU backend splits an expression that has
-        too many uses for one part of it.
-    """
-
-    exp: Callable[[Array], Array] = jnp.exp
-    log: Callable[[Array], Array] = jnp.log
-    log1p: Callable[[Array], Array] = jnp.log1p
-    reciprocal: Callable[[Array], Array] = _reciprocal
-    maximum: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x < bound, bound, x)
-    minimum: Callable[[Array, Any], Array] = lambda x, bound: jnp.where(x > bound, bound, x)
-    multiply_add: Callable[[Any, Array, Array], Array] = lambda a, b, c: a * b + c
-    negate: Callable[[Array, Array], Array] = lambda condition, x: (
-        x * jnp.where(condition, jnp.asarray(-1.0, x.dtype), jnp.asarray(1.0, x.dtype))
-    )
-    stop_gradient: Callable[[Array], Array] = lax.stop_gradient
-    cut: Callable[..., tuple[Any, ...]] = lambda *values: values
-    signed_per_element: bool = True
-    share_power: bool = False
-    infer_label_from_slope: bool = False
-    differentiable: bool = True
-    reload_logit: bool = False
-
-
-EXACT = Ops()
-
-
-def with_derivatives(ops: Ops) -> Ops:
-    """The same operations for JAX to differentiate: instructions of a chip have no derivative of their own."""
-
-    def define(operation: Callable[..., Array], tangent: Callable[..., Array]) -> Callable[..., Array]:
-        differentiable = jax.custom_jvp(operation)
-        differentiable.defjvp(lambda primals, tangents: _jvp(operation, tangent, primals, tangents))
-        return differentiable
-
-    return dataclasses.replace(
-        ops,
-        exp=define(ops.exp, lambda y, x, t: y * t),
-        log=define(ops.log, lambda y, x, t: t * ops.reciprocal(x)),
-        log1p=define(ops.log1p, lambda y, x, t: t * ops.reciprocal(1.0 + x)),
-        reciprocal=define(ops.reciprocal, lambda y, x, t: 0.0 - (y * y) * t),
-        stop_gradient=define(lambda x: x, lambda y, x, t: jnp.zeros_like(t)),
-        **{name: getattr(EXACT, name) for name in ("maximum", "minimum", "multiply_add", "negate")},
-        cut=EXACT.cut,
-        infer_label_from_slope=False,
-        differentiable=True,
-    )
-
-
-def _jvp(operation: Any, tangent: Any, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    y = operation(*primals)
-    return y, tangent(y, *primals, *tangents)
-
-
-class Label(NamedTuple):
-    """What elements are labelled: masks like the logits, or Python bools where only one state occurs.
-
-    Attributes:
-      positive: False for a negative and for what is not annotated.
-      unannotated: of losses with three states.
-      target: soft labels between 0 and 1, for losses that don't mix two sides; None for hard ones.
-      dtype: of numbers that are selected: that of the logits that come with the label.
-    """
-
-    positive: Array | bool
-    unannotated: Array | bool = False
-    target: Array | None = None
-    dtype: Any = jnp.float32
-
-    def select(self, positive: Any, negative: Any, unannotated: Any = None) -> Any:
-        """Element by element one of the values, which may be numbers; the negatives' for lack of a third."""
-        value = select(self.positive, positive, negative, self.dtype)
-        return value if unannotated is None else select(self.unannotated, unannotated, value, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +118,58 @@ class ElementwiseLoss:
         """
         return 1.0
 
+    def probability(
+        self, logits: ArrayLike, *, pos_weight: ArrayLike | None = None, label_smoothing: float = 0.0
+    ) -> Any:
+        """The probability that a logit of a model stands for that was trained with this loss, its link:
+
+            pi(x) = L-'(x) / (L-'(x) - pos_weight * L+'(x))
+
+        At x the expected loss of an example is least whose label is positive with probability pi(x). It is the sigmoid
+        for cross-entropy alone; a loss with a margin has pi = 0 up to it. Of three states it is the probability of a
+        positive among what is annotated.
+
+        Args:
+          logits: any shape. Of JAX, traced or not: in float32, or in float64 for float64. Of NumPy or Python: in
+            float64, on the CPU.
+          pos_weight: above 0, broadcastable to the logits; label_smoothing: in [0, 1). As the loss was given them.
+            Arrays among the hyper-parameters broadcast too, (classes,) against (..., classes).
+
+        Returns:
+          Probabilities of the logits' shape, of NumPy where they are. The error is relative, 1e-5 in float32 and 1e-12
+          in float64 down to pi = 1e-30; close to a margin that is an array, it is as large as the rounding of that
+          margin's logit.
+
+        Raises:
+          ValueError, TypeError: logits that are no real numbers; a pos_weight, label_smoothing or hyper-parameter out
+            of range; a loss whose probability doesn't rise with its logit, for hyper-parameters that aren't traced.
+        """
+        return link.probability(self, logits, pos_weight, label_smoothing)
+
+    def logit(
+        self, probability: ArrayLike, *, pos_weight: ArrayLike | None = None, label_smoothing: float = 0.0
+    ) -> Any:
+        """The logit that stands for a probability, the inverse of `probability`.
+
+        It is what a model that knows no more than that probability is best to answer, and so where a head's bias
+        starts best. By bisection of all floating-point numbers, so that it always converges; it has derivatives.
+
+        Args:
+          probability: in [0, 1], any shape, as the logits of `probability`. 0 gives -inf, and 1 gives inf, as does one
+            that is above those of all logits: `AsymmetricLoss(7, 0, 0.05)` has none above 0.967.
+          pos_weight, label_smoothing: as in `probability`.
+
+        Raises:
+          ValueError, TypeError: a probability outside of [0, 1], where it can be looked at; and as `probability`.
+        """
+        return link.logit(self, probability, pos_weight, label_smoothing)
+
+    def check_bounds(self) -> None:
+        """Raises ValueError for a hyper-parameter out of its bounds, where it can be looked at."""
+        for name, value, bounds in hyperparameters(self):
+            if not isinstance(value, jax.core.Tracer):
+                bounds.check(name, value)
+
     def replaced(self, changes: dict[str, Any]) -> Self:
         """dataclasses.replace, also for what no __init__ would take."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -268,132 +221,3 @@ def _build(cls: type[Any], values: dict[str, Any]) -> Any:
     for name, value in values.items():
         object.__setattr__(loss, name, value)
     return loss
-
-
-# By the size of a float: what exp takes without leaving the normal numbers, nor its reciprocal.
-# A probability beyond it counts as the one there, 2e-35 in float32.
-LIMIT = {4: 80.0, 8: 700.0}
-# Powers up to this one are chains of multiplications.
-_LARGEST_CHAIN = 16
-
-
-def bounded_exp(u: Array, ops: Ops) -> Array:
-    """exp(u), and the largest whose reciprocal is a normal number for larger u."""
-    return ops.exp(ops.minimum(u, LIMIT[u.dtype.itemsize]))
-
-
-def power(m: Array, n: float) -> Array | float:
-    """m^n for an integer n >= 0, by multiplications."""
-    if n in (0, 1):
-        return m if n else 1.0
-    return lax.integer_pow(m, int(n))
-
-
-def to_the(exponent: Hyperparameter, m: Array) -> Array | float:
-    """m^exponent for m >= 0; 0^0 is 1."""
-    if is_chain(exponent):
-        return power(m, exponent)
-    outside = is_nothing(m)
-    of_nothing = 0.0 if is_static(exponent) else jnp.where(exponent == 0.0, 1.0, 0.0)
-    return jnp.where(outside, of_nothing, jnp.exp(exponent * jnp.log(jnp.where(outside, 1.0, m))))
-
-
-def constant_if(stopped: bool, factor: Any, ops: Ops) -> Any:
-    """The factor, which counts as a constant in derivatives where `stopped`; as a number it does anyway."""
-    return ops.stop_gradient(factor) if stopped and isinstance(factor, Array) else factor
-
-
-def is_nothing(m: Array) -> Array:
-    """Whether m >= 0 is below the normal numbers, 1e-38 in float32: a GPU divides by 0 there. A NaN isn't."""
-    return m < float(jnp.finfo(m.dtype).tiny)
-
-
-def derived_power(exponent: Hyperparameter, m: Array) -> Array | float:
-    """The derivative of m^exponent in m; anything where m is 0.
-
-    No quotient of the power by m: a compiler may round m, a difference, in two ways where it is used twice.
-    """
-    if is_chain(exponent):
-        return exponent * power(m, exponent - 1) if exponent else 0.0
-    return exponent * jnp.exp((exponent - 1.0) * jnp.log(jnp.where(is_nothing(m), 1.0, m)))
-
-
-class WrongAnswer(NamedTuple):
-    """The answer that the label doesn't give: present for a negative, absent for a positive.
-
-    Attributes:
-      logit: u, x for a negative and -x for a positive.
-      p, one_minus_p: w = sigmoid(u) and 1 - w, each to its own relative precision.
-      m: w less the margin, which positives have none of, and at least 0.
-      over: 1 / (1 - m).
-    """
-
-    logit: Array
-    p: Array
-    one_minus_p: Array
-    m: Array
-    over: Array
-
-
-def wrong_answer(logit: Array, label: Label, clip: Hyperparameter, ops: Ops) -> WrongAnswer:
-    u = label.select(0.0 - logit, logit)
-    e = bounded_exp(u, ops)
-    right = ops.reciprocal(1.0 + e)
-    wrong = e * right
-    if not has_margin(clip):
-        return WrongAnswer(u, wrong, right, wrong, 1.0 + e)
-    margin = label.select(0.0, clip)
-    return WrongAnswer(u, wrong, right, ops.maximum(wrong - margin, 0.0), ops.reciprocal(right + margin))
-
-
-def has_margin(clip: Hyperparameter) -> bool:
-    return not (is_static(clip) and clip == 0)
-
-
-def is_focused(*exponents: Hyperparameter) -> bool:
-    """Each side has a factor m^g with g >= 1, beside which an error of a rounding in log(1 - m) is negligible."""
-    return all(is_static(exponent) and exponent >= 1 for exponent in exponents)
-
-
-def unbounded(log: Array, u: Array, label: Label, clip: Hyperparameter, ops: Ops) -> Array:
-    """-log(1 - m) also where exp(u) is at its limit: there it is u for what has no margin, and elsewhere it is more."""
-    of_any = ops.maximum(log, u)
-    if not has_margin(clip):
-        return of_any
-    if is_static(clip):
-        return label.select(of_any, log)
-    return jnp.where(label.select(0.0, clip) == 0.0, of_any, log)
-
-
-def unless_infinite(weight: Array, x: Array, infinity: float = math.inf) -> Array:
-    """x, and 0 where it is that infinity and its weight is 0: what has no weight counts for nothing."""
-    return jnp.where(jnp.logical_and(weight == 0.0, x == infinity), 0.0, x)
-
-
-def surprise(m: Array, over: Array, ops: Ops, focused: bool) -> Array:
-    """-log(1 - m), where `over` is 1 / (1 - m): at most 80, or 700 in float64, where `bounded_exp` is at its limit.
-
-    `focused` is `is_focused` of the exponents. Nothing else makes easy elements negligible, and thousands of small
-    losses add up: they have to be exact.
-    """
-    if focused:
-        return ops.maximum(ops.log(over), 0.0)
-    return jnp.where(m < 0.5, -ops.log1p(-ops.minimum(m, 0.5)), jnp.log(over))
-
-
-def is_static(number: Hyperparameter) -> bool:
-    return isinstance(number, (int, float))
-
-
-def is_chain(exponent: Hyperparameter) -> bool:
-    """Whether `power` takes it."""
-    return is_static(exponent) and float(exponent).is_integer() and exponent <= _LARGEST_CHAIN
-
-
-def select(condition: Array | bool, yes: Any, no: Any, dtype: Any = None) -> Any:
-    """jnp.where that leaves no trace where both sides agree or the condition is known; `dtype` types two constants."""
-    if isinstance(condition, bool):
-        return yes if condition else no
-    if is_static(yes) and is_static(no):
-        return yes if yes == no else jnp.where(condition, jnp.asarray(yes, dtype), jnp.asarray(no, dtype))
-    return jnp.where(condition, yes, no)

@@ -9,16 +9,9 @@ from typing import ClassVar
 from jax import Array
 
 from asl_pallas.losses.asymmetric import AsymmetricLoss
-from asl_pallas.losses.base import (
-    EXACT,
-    ElementwiseLoss,
-    Hyperparameter,
-    Label,
-    Ops,
-    hyperparameter,
-    is_static,
-    unless_infinite,
-)
+from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
+from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
+from asl_pallas.losses.pieces import unless_infinite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,20 +6,9 @@ import dataclasses
 
 from jax import Array
 
-from asl_pallas.losses.base import (
-    EXACT,
-    ElementwiseLoss,
-    Hyperparameter,
-    Label,
-    Ops,
-    bounded_exp,
-    hyperparameter,
-    is_chain,
-    is_focused,
-    is_static,
-    surprise,
-    to_the,
-)
+from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
+from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
+from asl_pallas.losses.pieces import bounded_exp, is_chain, is_focused, surprise, to_the
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +52,14 @@ class HillLoss(ElementwiseLoss):
         """With w = sigmoid(u), where u = margin - x for a positive and u = x for a negative:
 
         positive:  dL/du = w^gamma * (w + gamma * (1 - w) * softplus(u))
-        negative:  dL/du = w^2 * (1 - w) * (2 lamb - 3 w)
+        negative:  dL/du = w^2 * (1 - w) * (2 lamb - 3 + 3 (1 - w))
         """
         u, e, wrong, right = ops.cut(*self._sigmoid_of_wrong(logit, label, ops))
         log = surprise(wrong, 1.0 + e, ops, is_focused(self.gamma))
         focus, square = to_the(self.gamma, wrong), wrong * wrong
         value = label.select(focus * ops.maximum(log, u), square * (self.lamb - wrong))
         of_positive = focus * (wrong + self.gamma * (right * log))
-        of_negative = square * (right * (2.0 * self.lamb - 3.0 * wrong))
+        of_negative = square * (right * ((2.0 * self.lamb - 3.0) + 3.0 * right))
         return value, label.select(0.0 - of_positive, of_negative)
 
     def _sigmoid_of_wrong(self, logit: Array, label: Label, ops: Ops) -> tuple[Array, Array, Array, Array]:

@@ -8,22 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.losses.base import (
-    EXACT,
-    ElementwiseLoss,
-    Hyperparameter,
-    Label,
-    Ops,
-    constant_if,
-    derived_power,
-    hyperparameter,
-    is_focused,
-    is_static,
-    surprise,
-    to_the,
-    unbounded,
-    wrong_answer,
-)
+from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
+from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
+from asl_pallas.losses.pieces import constant_if, derived_power, is_focused, surprise, to_the, unbounded, wrong_answer
 
 
 @dataclasses.dataclass(frozen=True)

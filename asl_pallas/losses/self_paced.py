@@ -10,16 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from asl_pallas.losses.asymmetric import AsymmetricLoss
-from asl_pallas.losses.base import (
-    EXACT,
-    ElementwiseLoss,
-    Hyperparameter,
-    Label,
-    Ops,
-    bounded_exp,
-    hyperparameter,
-    is_static,
-)
+from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
+from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
+from asl_pallas.losses.pieces import bounded_exp
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,17 +8,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.losses.base import (
-    EXACT,
-    ElementwiseLoss,
-    Hyperparameter,
-    Label,
-    Ops,
-    hyperparameter,
-    is_static,
-    to_the,
-    unless_infinite,
-)
+from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
+from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
+from asl_pallas.losses.pieces import to_the, unless_infinite
 
 
 @dataclasses.dataclass(frozen=True)
