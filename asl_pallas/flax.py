@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 try:
     from flax import nnx
@@ -17,55 +16,25 @@ except ImportError as error:
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss, linear_top_k
+from asl_pallas.head import linear_multilabel_loss, linear_top_k
 from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.labels import PackedLabels, SparseLabels
-from asl_pallas.losses import ElementwiseLoss
+from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
+from asl_pallas.prior import PriorLogitInit
 
 Initializer = Any
 _kernel_init = nnx.initializers.lecun_normal()
-
-
-def prior_logit_init(frequencies: ArrayLike, at_least: float = 1e-6) -> Initializer:
-    """An initializer of biases: the logit log(p / (1 - p)) of each label's frequency p.
-
-    A fresh head then predicts every label as often as it occurs, and rare labels need not unlearn one half first, which
-    is most of what the first steps do otherwise. For flax.nnx, flax.linen and whatever else calls
-    `bias_init(key, shape, dtype)`.
-
-    Args:
-      frequencies: (classes,), shares of the examples between 0 and 1: `labels.mean(0)` of the training set.
-      at_least: frequencies come no nearer to 0 and 1 than this, so that a label never seen has a finite logit.
-
-    Raises:
-      ValueError: frequencies outside of [0, 1] or of another shape than the bias; at_least not between 0 and 0.5.
-    """
-    share = np.asarray(frequencies, np.float64)
-    if share.ndim != 1:
-        raise ValueError(f"frequencies have shape {share.shape}; expected (classes,)")
-    if not 0 < at_least < 0.5:
-        raise ValueError(f"at_least={at_least}; expected 0 < at_least < 0.5")
-    if not ((share >= 0) & (share <= 1)).all():
-        raise ValueError(f"frequencies hold {share[~((share >= 0) & (share <= 1))][0]}; expected 0 <= frequency <= 1")
-    share = np.clip(share, at_least, 1 - at_least)
-    logits = np.log(share) - np.log1p(-share)
-
-    def init(key: Any, shape: Any, dtype: Any = jnp.float32) -> Array:
-        if tuple(shape) != logits.shape:
-            raise ValueError(f"frequencies have shape {logits.shape}; expected {tuple(shape)}, the bias's")
-        return jnp.asarray(logits, dtype)
-
-    return init
+_DEFAULT = AsymmetricLoss()
 
 
 class MultilabelHead(nnx.Module):
     """A linear layer (features -> logits of independent labels) with its loss and its best labels, neither by way of
-    the logits: what `nnx.Linear` and `asymmetric_loss` are together, in a fraction of the memory.
+    the logits: what `nnx.Linear` and `multilabel_loss` are together, in a fraction of the memory.
 
         head = MultilabelHead(1024, 1_000_000, label_frequencies=frequencies, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
         loss = head.loss(features, SparseLabels.from_ids(ids, 1_000_000), axis=None)  # to train
-        scores, ids = head.top_k(features, 5)                                          # to serve
+        probabilities, ids = head.top_k(features, 5)                                   # to serve
         logits = head(features)                                                        # (..., classes), where needed
 
     Where the kernel is large, evaluate under `jax.jit` with the module split by `nnx.split`: `nnx.jit` returns all of a
@@ -80,15 +49,15 @@ class MultilabelHead(nnx.Module):
             @linen.compact
             def __call__(self, features, labels):
                 kernel = self.param("kernel", linen.initializers.lecun_normal(), (features.shape[-1], self.classes))
-                bias = self.param("bias", prior_logit_init(frequencies), (self.classes,))
+                bias = self.param("bias", PriorLogitInit(frequencies, AsymmetricLoss()), (self.classes,))
                 return linear_asymmetric_loss(features, kernel, labels, bias=bias)
 
     Args:
       in_features: d, the features' last dimension.
       classes: how many labels.
-      loss: what `loss` computes, a loss object such as `FocalLoss(gamma=2.0)`; None for `asymmetric_loss`, whose
-        hyper-parameters go in as its options.
-      label_frequencies: (classes,), shares between 0 and 1; the bias starts at their logits, see `prior_logit_init`.
+      loss: what `loss` computes, a loss object; `AsymmetricLoss()` unless given.
+      label_frequencies: (classes,), shares between 0 and 1, as of `label_frequencies`; the bias starts where the loss
+        of a head that knows these alone is least, at `prior_logits`.
       use_bias, dtype, param_dtype, precision, kernel_init, bias_init, rngs, kernel_metadata, bias_metadata: as in
         `nnx.Linear`. dtype is that of the products: the features are cast to it, and the kernel chunk by chunk; None
         for what features and kernel promote to. Names of mesh axes come as metadata or by `nnx.with_partitioning`, on a
@@ -97,7 +66,8 @@ class MultilabelHead(nnx.Module):
 
     Raises:
       TypeError: a loss that is no loss object.
-      ValueError: label_frequencies beside a bias_init, or without a bias.
+      ValueError: label_frequencies of another shape or outside of [0, 1], or for a loss that has no link; beside a
+        bias_init, or without a bias.
     """
 
     def __init__(
@@ -105,7 +75,7 @@ class MultilabelHead(nnx.Module):
         in_features: int,
         classes: int,
         *,
-        loss: ElementwiseLoss | None = None,
+        loss: ElementwiseLoss = _DEFAULT,
         label_frequencies: ArrayLike | None = None,
         use_bias: bool = True,
         dtype: Any = None,
@@ -118,12 +88,14 @@ class MultilabelHead(nnx.Module):
         kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
     ):
+        if not isinstance(loss, ElementwiseLoss):
+            raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.AsymmetricLoss()")
         if label_frequencies is not None:
             if bias_init is not None:
                 raise ValueError("label_frequencies and bias_init both say where the bias starts; expected one of them")
             if not use_bias:
                 raise ValueError("label_frequencies say where the bias starts, and use_bias=False leaves it out")
-            bias_init = prior_logit_init(label_frequencies)
+            bias_init = PriorLogitInit(label_frequencies, loss)
         bias_init = nnx.initializers.zeros_init() if bias_init is None else bias_init
         self.kernel = nnx.Param(kernel_init(rngs.params(), (in_features, classes), param_dtype), **kernel_metadata)
         self.bias: nnx.Param[Array] | None
@@ -131,8 +103,6 @@ class MultilabelHead(nnx.Module):
             self.bias = nnx.Param(bias_init(rngs.params(), (classes,), param_dtype), **bias_metadata)
         else:
             self.bias = nnx.data(None)
-        if loss is not None and not isinstance(loss, ElementwiseLoss):
-            raise TypeError(f"loss={loss!r}; expected a loss object, such as asl_pallas.AsymmetricLoss()")
         self.loss_object = nnx.data(loss) if jax.tree.leaves(loss) else loss
         self.in_features = in_features
         self.classes = classes
@@ -152,22 +122,33 @@ class MultilabelHead(nnx.Module):
         return logits if bias is None else logits + bias.astype(dtype)
 
     def loss(
-        self, features: ArrayLike, labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels, **options: Any
+        self,
+        features: ArrayLike,
+        labels: ArrayLike | PackedLabels | SparseLabels | PartialLabels,
+        *,
+        loss: ElementwiseLoss | None = None,
+        **options: Any,
     ) -> Array:
-        """`linear_multilabel_loss` of this head's loss object, or without one `linear_asymmetric_loss`.
+        """`linear_multilabel_loss` of this head, which says what the options are.
 
-        Those say what the options are.
+        `loss` takes the place of the head's own for this call, with another gamma_neg of a schedule say.
         """
         x, kernel, bias = self._parts(features)
         own: dict[str, Any] = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
-        if self.loss_object is not None:
-            return linear_multilabel_loss(self.loss_object, x, kernel, labels, **(own | options))
-        return linear_asymmetric_loss(x, kernel, labels, **(own | options))  # type: ignore[arg-type]
+        return linear_multilabel_loss(self.loss_object if loss is None else loss, x, kernel, labels, **(own | options))
 
     def top_k(self, features: ArrayLike, k: int, **options: Any) -> tuple[Array, Array]:
-        """Scores and ids of the best k labels of each example: `linear_top_k` of this head."""
+        """Probabilities by the loss's link, and ids, of the best k labels of each example: `linear_top_k` of this head.
+
+        With loss=None among the options the scores are logits.
+        """
         x, kernel, bias = self._parts(features)
-        own = {"bias": bias, "chunk_size": self.chunk_size, "precision": self.precision}
+        own = {
+            "loss": self.loss_object,
+            "bias": bias,
+            "chunk_size": self.chunk_size,
+            "precision": self.precision,
+        }
         return linear_top_k(x, kernel, k, **(own | options))
 
     def _parts(self, features: ArrayLike) -> tuple[Array, Array, Array | None]:

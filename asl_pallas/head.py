@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import warnings
 from typing import Any, ClassVar, Literal
 
@@ -291,6 +292,7 @@ def linear_top_k(
     kernel: ArrayLike,
     k: int,
     *,
+    loss: ElementwiseLoss | None = None,
     bias: ArrayLike | None = None,
     chunk_size: int | None = None,
     precision: Any = None,
@@ -302,9 +304,12 @@ def linear_top_k(
     Args:
       features, kernel, bias, chunk_size, precision, features_spec, kernel_spec: as in `linear_asymmetric_loss`.
       k: how many, a Python int, 1 <= k <= classes.
+      loss: what the head was trained with, for probabilities by its link, `ElementwiseLoss.probability`; None for
+        logits. Its hyper-parameters are numbers or scalars: with a value per class, labels in the order of their
+        logits aren't in that of their probabilities.
 
     Returns:
-      scores: (..., k), float32 logits (float64 for float64 features), best first. Their sigmoid is the probability.
+      scores: (..., k), best first: logits, or probabilities by the loss; float32, or float64 for float64 features.
       ids: (..., k), int32. Of equal scores the lower id comes first; -0.0 comes after 0.0, as in jax.lax.top_k.
 
     Raises:
@@ -320,7 +325,22 @@ def linear_top_k(
         features_spec=arguments.check_spec("features", features_spec, x.ndim),
         kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
     )
-    return _linear_top_k(call, x, w, b)
+    _check_ranking_loss(loss)
+    scores, ids = _linear_top_k(call, x, w, b)
+    return (scores if loss is None else loss.probability(scores)), ids
+
+
+def _check_ranking_loss(loss: Any) -> None:
+    if loss is None:
+        return
+    if not isinstance(loss, ElementwiseLoss):
+        raise TypeError(f"loss={loss!r}; expected None or a loss object, such as asl_pallas.AsymmetricLoss()")
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(loss)]
+    if any(math.prod(shape) > 1 for shape in shapes):
+        raise ValueError(
+            f"loss has hyper-parameters of shapes {shapes}, so that the best logits aren't the best probabilities; "
+            "expected numbers or scalars, or loss=None for logits"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,16 @@ from cases import labels_of
 from flax import linen, nnx
 from jax.sharding import PartitionSpec as P
 
-from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss, multilabel_loss
-from asl_pallas.flax import MultilabelHead, prior_logit_init
-from asl_pallas.losses import FocalLoss
+from asl_pallas import (
+    AsymmetricLoss,
+    PriorLogitInit,
+    SparseLabels,
+    asymmetric_loss,
+    linear_asymmetric_loss,
+    multilabel_loss,
+)
+from asl_pallas.flax import MultilabelHead
+from asl_pallas.losses import BinaryCrossEntropy, FocalLoss
 
 DEPTH, CLASSES = 12, 300
 FREQUENCIES = np.linspace(0, 1, CLASSES) ** 3
@@ -47,18 +54,26 @@ def test_loss_and_top_k_are_those_of_its_logits(dtype, param_dtype, use_bias):
     labels = labels_of((5, CLASSES))
     logits = head(features())
     assert logits.dtype == jnp.float32
-    found = head.loss(features(), SparseLabels.from_dense(labels), gamma_neg=2.0)
+    sparse = SparseLabels.from_dense(labels)
+    np.testing.assert_allclose(head.loss(features(), sparse), asymmetric_loss(logits, labels), rtol=1e-5)
+    found = head.loss(features(), sparse, loss=AsymmetricLoss(gamma_neg=2.0))
     np.testing.assert_allclose(found, asymmetric_loss(logits, labels, gamma_neg=2.0), rtol=1e-5)
-    scores, ids = head.top_k(features(), 4)
     best, at = jax.lax.top_k(logits, 4)
-    np.testing.assert_allclose(scores, best, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(ids, at)
+    for options, expected in (({}, AsymmetricLoss().probability(best)), ({"loss": None}, best)):
+        scores, ids = head.top_k(features(), 4, **options)
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(ids, at)
 
 
-def test_the_bias_starts_where_labels_are_as_frequent_as_they_are():
-    head = MultilabelHead(DEPTH, CLASSES, label_frequencies=FREQUENCIES, rngs=nnx.Rngs(0))
-    predicted = jax.nn.sigmoid(head(np.zeros((1, DEPTH), np.float32)))[0]
-    np.testing.assert_allclose(predicted, np.clip(FREQUENCIES, 1e-6, 1 - 1e-6), rtol=1e-5)
+@pytest.mark.parametrize("loss", [AsymmetricLoss(), BinaryCrossEntropy(), FocalLoss(2.0)], ids=repr)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_the_bias_starts_where_labels_are_as_frequent_as_they_are(loss, jitted):
+    def make() -> MultilabelHead:
+        return MultilabelHead(DEPTH, CLASSES, loss=loss, label_frequencies=FREQUENCIES, rngs=nnx.Rngs(0))
+
+    head = nnx.jit(make)() if jitted else make()
+    predicted = loss.probability(np.asarray(head(np.zeros((1, DEPTH), np.float32)))[0])
+    np.testing.assert_allclose(predicted, np.clip(FREQUENCIES, 1e-6, 1 - 1e-6), rtol=1e-3)
     assert np.isfinite(head.bias[...]).all()
 
 
@@ -85,7 +100,7 @@ def test_the_linen_twin_of_the_docstring():
         @linen.compact
         def __call__(self, features, labels):
             kernel = self.param("kernel", linen.initializers.lecun_normal(), (features.shape[-1], self.classes))
-            bias = self.param("bias", prior_logit_init(FREQUENCIES), (self.classes,))
+            bias = self.param("bias", PriorLogitInit(FREQUENCIES, AsymmetricLoss()), (self.classes,))
             return linear_asymmetric_loss(features, kernel, labels, bias=bias)
 
     labels = labels_of((5, CLASSES))
@@ -103,7 +118,7 @@ def test_names_of_mesh_axes_place_the_parameters(how):
     else:
         options = {
             "kernel_init": nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model")),
-            "bias_init": nnx.with_partitioning(prior_logit_init(FREQUENCIES), ("model",)),
+            "bias_init": nnx.with_partitioning(PriorLogitInit(FREQUENCIES, AsymmetricLoss()), ("model",)),
         }
     with jax.set_mesh(mesh):
         head = nnx.jit(lambda: MultilabelHead(DEPTH, CLASSES, rngs=nnx.Rngs(3), **options))()

@@ -14,7 +14,15 @@ import pytest
 from cases import ARRAYS, KERNELS, careful_pair, cotangent_of, labels_of
 from numpy.typing import NDArray
 
-from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels, linear_asymmetric_loss, linear_top_k
+from asl_pallas import (
+    AsymmetricLoss,
+    PackedLabels,
+    SparseLabels,
+    asymmetric_loss,
+    kernels,
+    linear_asymmetric_loss,
+    linear_top_k,
+)
 from reference import float64
 
 FORMS: dict[str, Any] = {"dense": lambda y: y, "packed": PackedLabels.from_dense, "sparse": SparseLabels.from_dense}
@@ -350,3 +358,26 @@ def test_bad_input_is_named_before_anything_is_compiled(changed, error, sentence
 def test_a_bad_k_is_named(k, error, sentence):
     with pytest.raises(error, match=re.escape(sentence)):
         linear_top_k(F, W, k)
+
+
+def test_top_k_gives_probabilities_by_the_loss():
+    random = np.random.default_rng(0)
+    f, w = random.normal(size=(4, 3)).astype(np.float32), random.normal(size=(3, 50)).astype(np.float32)
+    scores, ids = linear_top_k(f, w, 5)
+    for loss in (AsymmetricLoss(), AsymmetricLoss(gamma_neg=jnp.float32(2.0))):
+        probabilities, same = jax.jit(lambda f, w, loss: linear_top_k(f, w, 5, loss=loss))(f, w, loss)
+        np.testing.assert_array_equal(same, ids)
+        np.testing.assert_allclose(probabilities, loss.probability(scores), rtol=1e-4)
+        assert (np.diff(probabilities) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "sentence"),
+    [
+        ("asl", TypeError, "loss='asl'; expected None or a loss object"),
+        (AsymmetricLoss(np.ones(10)), ValueError, "hyper-parameters of shapes [(10,)], so that the best logits aren't"),
+    ],
+)
+def test_a_loss_that_cannot_rank_is_named(loss, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        linear_top_k(F, W, 2, loss=loss)
