@@ -8,6 +8,9 @@ PEERS_VENV ?= .venv-peers
 # tests/oldest.txt installs the lowest versions that are supported.
 CONSTRAINTS ?=
 
+# Two thousand modules, which every process that a test starts would compile again: 6 seconds of its CPU time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo lint test test-long test-all bench report clean
 .DELETE_ON_ERROR:
 

@@ -29,15 +29,15 @@ sys.path.append(str(HERE.parent))  # for reference/, which no wheel holds
 
 
 def head_bias(text: str) -> str | float:
-    """An argparse type: label, overall or a number."""
-    if text in ("label", "overall"):
+    """An argparse type: label, overall, log-odds or a number."""
+    if text in ("label", "overall", "log-odds"):
         return text
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither label nor overall nor a number")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither label nor overall nor log-odds nor a number")
     return value
 
 
@@ -73,8 +73,8 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--head-bias",
         type=head_bias,
         default="label",
-        help="the head's first bias: log-odds of each label's rate (label, the default), of the overall rate "
-        "(overall), or a number",
+        help="the head's first bias: the loss's own optimum at each label's rate (label, the default) or at the "
+        "overall rate (overall), cross-entropy's at each label's rate (log-odds), or a number",
     )
     parser.add_argument(
         "--head",

@@ -119,7 +119,7 @@ def test_kept_are_the_newest_two_and_every_finished_run(tmp_path):
 @pytest.mark.parametrize("make_trainer", [NNXTrainer, LinenTrainer])
 def test_ctrl_c_saves_the_step_and_the_rest_is_bit_for_bit_an_undisturbed_run(tmp_path, make_trainer):
     problem = tiny_problem(diseases=200, labels=30)
-    plan = training.Plan(3, 32, 1e-2, 0, np.full(problem.sizes.labels, -5, np.float32))
+    plan = training.Plan(3, 32, 1e-2, 0, lambda focus: np.full(problem.sizes.labels, -5, np.float32))
     total = 3 * (len(problem.split.train) // 32)
     console = rich.console.Console(file=io.StringIO())
 

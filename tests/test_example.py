@@ -1,6 +1,7 @@
 """The example: data, split, metrics, both Flax APIs, and the script itself in a process of its own."""
 
 import dataclasses
+import functools
 import io
 import pathlib
 import re
@@ -195,11 +196,17 @@ def test_macro_average_precision_leaves_out_labels_without_positives():
 # Classifiers
 
 
-def test_the_first_logits_are_the_log_odds_of_the_rates():
+def test_the_first_logits_are_the_losss_own_optimum():
     counts = np.array([0, 1, 30, 99])
-    bias = settings.head_bias("label", counts, 100)
-    assert 1 / (1 + np.exp(-bias)) == pytest.approx((counts + 0.325) / 101, rel=1e-5)
-    assert 1 / (1 + np.exp(-settings.head_bias("overall", counts, 100))) == pytest.approx([0.325] * 4)
+    rates = (counts + 0.325) / 101
+    for focus in (settings.bce(), settings.focal(2.0), settings.ASL_DEFAULT):
+        bias = settings.head_bias("label", counts, 100, focus)
+        assert focus.loss.probability(bias) == pytest.approx(rates, rel=1e-3)
+        overall = settings.head_bias("overall", counts, 100, focus)
+        assert focus.loss.probability(overall) == pytest.approx([0.325] * 4, rel=1e-3)
+        assert 1 / (1 + np.exp(-settings.head_bias("log-odds", counts, 100, focus))) == pytest.approx(rates, rel=1e-5)
+        assert (settings.head_bias(-4.0, counts, 100, focus) == -4).all()
+    bias = settings.head_bias("label", counts, 100, settings.bce())
     sizes = settings.Sizes(labels=4, buckets=50, width=8, features=6)
     ids = np.array([[3, 4, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
     for trainer in (NNXTrainer, LinenTrainer):
@@ -260,7 +267,7 @@ def test_heads_and_forms_of_labels_have_equal_learning_curves():
     ):
         problem = tiny_problem(80, 131)
         problem = dataclasses.replace(problem, sizes=dataclasses.replace(problem.sizes, fused_head=fused))
-        bias = settings.head_bias("overall", problem.counts, len(problem.split.train))
+        bias = functools.partial(settings.head_bias, "overall", problem.counts, len(problem.split.train))
         plan = training.Plan(epochs=3, batch_size=16, learning_rate=1e-2, seed=0, bias=bias, labels=form)
         console = rich.console.Console(file=io.StringIO())
         run = training.train(problem, plan, settings.asl(2, 1, 0.0), make_trainer, interruption.Interruption(), console)
@@ -307,7 +314,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_the_learning_rate(diseases):
         ids=data.feature_ids(few, buckets=sizes.buckets, length=sizes.features),
         counts=np.ones(sizes.labels),
     )
-    plan = training.Plan(epochs=1, batch_size=32, learning_rate=7.0, seed=0, bias=np.zeros(sizes.labels))
+    plan = training.Plan(epochs=1, batch_size=32, learning_rate=7.0, seed=0, bias=lambda focus: np.zeros(sizes.labels))
     console = rich.console.Console(file=io.StringIO())
     with pytest.raises(training.DivergedError, match=r"ASL \(4, 1, 0.05\) diverged.*nan.*--learning-rate than 7"):
         training.train(problem, plan, settings.ASL_DEFAULT, Diverging, interruption.Interruption(), console)
@@ -326,7 +333,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_the_learning_rate(diseases):
         (["--epochs", "0"], "--epochs: '0' isn't a whole number of at least 1"),
         (["--seed", "2147483648"], "--seed: '2147483648' isn't a whole number of at least 0 and less than 2**31"),
         (["--batch-size", "2.5"], "--batch-size: '2.5' isn't a whole number"),
-        (["--head-bias", "inf"], "--head-bias: 'inf' is neither label nor overall nor a number"),
+        (["--head-bias", "inf"], "--head-bias: 'inf' is neither label nor overall nor log-odds nor a number"),
         (["--output", "curves.jpg"], "--output: 'curves.jpg' isn't a file name that ends in .png"),
         (["--output", "/dev/null/curves.png"], "--output: /dev/null can't be made"),
         (["--head", "wide"], "--head: invalid choice: 'wide'"),

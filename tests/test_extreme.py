@@ -18,12 +18,11 @@ sys.path.insert(0, str(EXAMPLES))
 import programs  # noqa: E402
 import train_extreme  # noqa: E402
 
-from asl_pallas import SparseLabels  # noqa: E402
+from asl_pallas import AsymmetricLoss, SparseLabels  # noqa: E402
 from extreme import classifier, memory, session  # noqa: E402
 from extreme.corpus import LENGTH, MOST, NO_LABEL, NOISE, PADDING, WORDS_A_LABEL, Corpus, precision_at  # noqa: E402
 from phenotypes.errors import CannotRun  # noqa: E402
 from phenotypes.interruption import Interruption  # noqa: E402
-from phenotypes.settings import ASL_DEFAULT  # noqa: E402
 
 LABELS, VOCABULARY = 1003, 501
 
@@ -80,7 +79,7 @@ def test_precision_counts_a_label_that_is_drawn_twice_once():
 
 
 def trainer(corpus, optimizer):
-    model = classifier.Classifier(VOCABULARY, 16, corpus.frequencies, jnp.float32, rngs=nnx.Rngs(0))
+    model = classifier.Classifier(VOCABULARY, 16, corpus.frequencies, AsymmetricLoss(), jnp.float32, rngs=nnx.Rngs(0))
     return model, nnx.Optimizer(model, optimizer, wrt=nnx.Param)
 
 
@@ -93,8 +92,8 @@ def test_the_unfused_step_is_the_same_step(corpus):
         batch = corpus.draw(rng, 33)
         labels = SparseLabels(batch.labels, LABELS)
         words, dense = jnp.asarray(batch.words), jnp.asarray(labels.to_dense(), jnp.int8)
-        loss = classifier.train_step(*fused, words, jax.tree.map(jnp.asarray, labels), ASL_DEFAULT)
-        expected = classifier.unfused_train_step(*unfused, words, dense, ASL_DEFAULT)
+        loss = classifier.train_step(*fused, words, jax.tree.map(jnp.asarray, labels))
+        expected = classifier.unfused_train_step(*unfused, words, dense)
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     states = (jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))) for model, _ in (fused, unfused))
     for ours, theirs in zip(*states, strict=True):

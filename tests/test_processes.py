@@ -45,7 +45,7 @@ SIZES = ("--max-diseases", 300, "--batch-size", 32, "--loss", "bce")  # 7 steps 
 def train(trainer, layout=None, stop=None, epochs=1, after_a_step=lambda: None):
     """The losses of all steps, the test logits and the trainer's state, of three steps an epoch."""
     ours = tiny_problem(diseases=130, labels=32)
-    plan = training.Plan(epochs, 32, 1e-2, 0, np.full(ours.sizes.labels, -2, np.float32))
+    plan = training.Plan(epochs, 32, 1e-2, 0, lambda focus: np.full(ours.sizes.labels, -2, np.float32))
     losses = []
 
     class Recording(TRAINERS[trainer]):

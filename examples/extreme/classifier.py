@@ -9,22 +9,31 @@ import numpy as np
 import optax
 from flax import nnx
 
-from asl_pallas import SparseLabels, asymmetric_loss
+from asl_pallas import AsymmetricLoss, SparseLabels, multilabel_loss
 from asl_pallas.flax import MultilabelHead
 from extreme.corpus import PADDING
-from phenotypes.settings import Focus
 
 
 class Classifier(nnx.Module):
     """Embedding bag, one hidden layer with a skip, a multilabel head: words (batch, length) to labels."""
 
-    def __init__(self, vocabulary: int, width: int, frequencies: np.ndarray, dtype: Any, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        frequencies: np.ndarray,
+        loss: AsymmetricLoss,
+        dtype: Any,
+        *,
+        rngs: nnx.Rngs,
+    ):
         # Words begin as random directions, nearly at right angles: a label then learns its own from a few examples.
         self.embedding = nnx.Embed(vocabulary, width, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
         self.hidden = nnx.Linear(width, width, rngs=rngs)
         self.head = MultilabelHead(
             width,
             len(frequencies),
+            loss=loss,
             label_frequencies=frequencies,
             # From zero: of a million labels' random logits the highest would drown what has been learned.
             kernel_init=nnx.initializers.zeros_init(),
@@ -56,29 +65,26 @@ def optimizer(learning_rate: float) -> optax.GradientTransformation:
     )
 
 
-@nnx.jit(static_argnames="focus", donate_argnames=("model", "optimizer"))
-def train_step(
-    model: Classifier, optimizer: nnx.Optimizer, words: jax.Array, labels: SparseLabels, focus: Focus
-) -> jax.Array:
+@nnx.jit(donate_argnames=("model", "optimizer"))
+def train_step(model: Classifier, optimizer: nnx.Optimizer, words: jax.Array, labels: SparseLabels) -> jax.Array:
     """Updates model and optimizer in place and returns the loss: summed over the labels, averaged over the batch."""
 
     def batch_loss(model: Classifier) -> jax.Array:
         # axis=None, the total: loss and gradients come from one pass over the labels.
-        return model.head.loss(model.features(words), labels, axis=None, **numbers(focus)) / len(words)
+        return model.head.loss(model.features(words), labels, axis=None) / len(words)
 
     loss, gradients = nnx.value_and_grad(batch_loss)(model)
     optimizer.update(model, gradients)
     return loss
 
 
-@nnx.jit(static_argnames="focus", donate_argnames=("model", "optimizer"))
-def unfused_train_step(
-    model: Classifier, optimizer: nnx.Optimizer, words: jax.Array, labels: jax.Array, focus: Focus
-) -> jax.Array:
+@nnx.jit(donate_argnames=("model", "optimizer"))
+def unfused_train_step(model: Classifier, optimizer: nnx.Optimizer, words: jax.Array, labels: jax.Array) -> jax.Array:
     """The same step with logits and dense labels (batch, labels)."""
 
     def batch_loss(model: Classifier) -> jax.Array:
-        return asymmetric_loss(model.head(model.features(words)), labels, axis=None, **numbers(focus)) / len(words)
+        logits = model.head(model.features(words))
+        return multilabel_loss(model.head.loss_object, logits, labels, axis=None) / len(words)
 
     loss, gradients = nnx.value_and_grad(batch_loss)(model)
     optimizer.update(model, gradients)
@@ -92,8 +98,3 @@ def best_labels(model: Classifier, words: jax.Array, k: int) -> jax.Array:
     nnx.jit, which may change a model, would return a copy of this one.
     """
     return model.head.top_k(model.features(words), k)[1]
-
-
-def numbers(focus: Focus) -> dict[str, Any]:
-    """As the loss's arguments."""
-    return {"gamma_neg": focus.gamma_neg, "gamma_pos": focus.gamma_pos, "clip": focus.clip}

@@ -11,13 +11,12 @@ import numpy as np
 import rich.console
 from flax import nnx
 
-from asl_pallas import SparseLabels
+from asl_pallas import AsymmetricLoss, SparseLabels
 from extreme import classifier, memory
 from extreme.corpus import Batch, Corpus, precision_at
 from extreme.report import Point, Progress, print_curve, print_memory
 from phenotypes.errors import CannotRun
 from phenotypes.interruption import StopRequest
-from phenotypes.settings import Focus, asl
 
 BEST = 5  # labels that are asked for
 
@@ -81,10 +80,14 @@ class Trainer:
     def __init__(self, options: argparse.Namespace, corpus: Corpus):
         dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         self.model = classifier.Classifier(
-            corpus.vocabulary, options.width, corpus.frequencies, jnp.dtype(dtype), rngs=nnx.Rngs(options.seed)
+            corpus.vocabulary,
+            options.width,
+            corpus.frequencies,
+            AsymmetricLoss(options.gamma_neg, options.gamma_pos, options.clip),
+            jnp.dtype(dtype),
+            rngs=nnx.Rngs(options.seed),
         )
         self.optimizer = nnx.Optimizer(self.model, classifier.optimizer(options.learning_rate), wrt=nnx.Param)
-        self.focus: Focus = asl(options.gamma_neg, options.gamma_pos, options.clip)
         self.classes = corpus.labels
         self.compiled: Any = None
         self.sample: Batch | None = None  # the step is compiled for batches of its shape
@@ -94,7 +97,7 @@ class Trainer:
         arrays = (jnp.asarray(batch.words), jax.tree.map(jnp.asarray, SparseLabels(batch.labels, self.classes)))
         if self.compiled is None:
             self.sample = batch
-            self.compiled = classifier.train_step.lower(self.model, self.optimizer, *arrays, self.focus).compile()
+            self.compiled = classifier.train_step.lower(self.model, self.optimizer, *arrays).compile()
         return float(self.compiled(self.model, self.optimizer, *arrays))
 
     def precision(self, examples: Batch, batch: int) -> tuple[float, float]:
@@ -111,9 +114,7 @@ class Trainer:
         assert self.sample is not None
         words, labels = self.sample.words, self.sample.labels
         dense = jax.ShapeDtypeStruct((len(words), self.classes), jnp.int8)
-        unfused = classifier.unfused_train_step.lower(
-            self.model, self.optimizer, jnp.asarray(words), dense, self.focus
-        ).compile()
+        unfused = classifier.unfused_train_step.lower(self.model, self.optimizer, jnp.asarray(words), dense).compile()
         state = nnx.state((self.model, self.optimizer))
         return memory.step_memory(self.compiled, state, labels), memory.step_memory(unfused, state, dense)
 

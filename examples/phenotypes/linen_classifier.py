@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from jax.typing import ArrayLike
 
-from asl_pallas import asymmetric_loss, linear_asymmetric_loss
+from asl_pallas import linear_multilabel_loss, multilabel_loss
 from phenotypes.data import PADDING
 from phenotypes.layout import LOGITS, Layout, in_sight
 from phenotypes.settings import Focus, Sizes
@@ -52,15 +52,14 @@ def train_step(
     """The next state and the loss: summed over the labels, averaged over the batch."""
 
     def batch_loss(params: Any) -> jax.Array:
-        options: dict[str, Any] = {"gamma_neg": focus.gamma_neg, "gamma_pos": focus.gamma_pos, "clip": focus.clip}
         if fused_head:
             features = state.apply_fn({"params": params}, ids, dropout_key, features_only=True)
             head = params["head"]
             # The total comes with its gradients in one pass over the labels, a mean of the diseases' losses in two.
-            options["axis"] = None
-            return linear_asymmetric_loss(features, head["kernel"], labels, bias=head["bias"], **options) / len(ids)
+            total = linear_multilabel_loss(focus.loss, features, head["kernel"], labels, bias=head["bias"], axis=None)
+            return total / len(ids)
         logits = state.apply_fn({"params": params}, ids, dropout_key)
-        return asymmetric_loss(logits, labels, logits_spec=None if layout is None else LOGITS, **options).mean()
+        return multilabel_loss(focus.loss, logits, labels, logits_spec=None if layout is None else LOGITS).mean()
 
     loss, gradients = jax.value_and_grad(batch_loss)(state.params)
     state = state.apply_gradients(grads=gradients)

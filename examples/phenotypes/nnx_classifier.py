@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from asl_pallas import asymmetric_loss
+from asl_pallas import AsymmetricLoss, multilabel_loss
 from asl_pallas.flax import MultilabelHead
 from phenotypes.data import PADDING
 from phenotypes.layout import LOGITS, Layout, in_sight
@@ -48,13 +48,15 @@ class Classifier(nnx.Module):
         hidden = bag + nnx.gelu(self.hidden(bag))
         return self.dropout(hidden, deterministic=dropout_key is None, rngs=dropout_key)
 
-    def loss(self, ids: jax.Array, labels: Labels, dropout_key: jax.Array, **options: Any) -> jax.Array:
-        """Summed over the labels, averaged over the batch; the options are asymmetric_loss's."""
+    def loss(
+        self, loss: AsymmetricLoss, ids: jax.Array, labels: Labels, dropout_key: jax.Array, **options: Any
+    ) -> jax.Array:
+        """Summed over the labels, averaged over the batch; the options are multilabel_loss's."""
         features = self.features(ids, dropout_key)
         if isinstance(self.head, MultilabelHead):
             # The total comes with its gradients in one pass over the labels, a mean of the diseases' losses in two.
-            return self.head.loss(features, labels, axis=None, **options) / len(ids)
-        return asymmetric_loss(self.head(features), labels, **options).mean()
+            return self.head.loss(features, labels, loss=loss, axis=None, **options) / len(ids)
+        return multilabel_loss(loss, self.head(features), labels, **options).mean()
 
 
 @nnx.jit(static_argnames=("focus", "layout"), donate_argnames=("model", "optimizer"))
@@ -70,10 +72,8 @@ def train_step(
     """Updates model and optimizer in place and returns the loss: summed over the labels, averaged over the batch."""
 
     def batch_loss(model: Classifier) -> jax.Array:
-        options: dict[str, Any] = {"gamma_neg": focus.gamma_neg, "gamma_pos": focus.gamma_pos, "clip": focus.clip}
-        if layout is not None:
-            options["logits_spec"] = LOGITS
-        return model.loss(ids, labels, dropout_key, **options)
+        options = {} if layout is None else {"logits_spec": LOGITS}
+        return model.loss(focus.loss, ids, labels, dropout_key, **options)
 
     loss, gradients = nnx.value_and_grad(batch_loss)(model)
     optimizer.update(model, gradients)

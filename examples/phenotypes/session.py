@@ -1,6 +1,7 @@
 """A whole session: load, split, train each loss, compare."""
 
 import argparse
+import functools
 import sys
 import time
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace, interruption: StopRequest) -> int:
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
         seed=options.seed,
-        bias=settings.head_bias(options.head_bias, problem.counts, len(problem.split.train)),
+        bias=functools.partial(settings.head_bias, options.head_bias, problem.counts, len(problem.split.train)),
         labels=options.labels,
     )
 

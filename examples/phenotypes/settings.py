@@ -5,6 +5,8 @@ import dataclasses
 
 import numpy as np
 
+from asl_pallas import AsymmetricLoss, prior_logits
+
 
 @dataclasses.dataclass(frozen=True)
 class Focus:
@@ -17,6 +19,10 @@ class Focus:
     gamma_neg: float
     gamma_pos: float
     clip: float
+
+    @property
+    def loss(self) -> AsymmetricLoss:
+        return AsymmetricLoss(self.gamma_neg, self.gamma_pos, self.clip)
 
     @property
     def numbers(self) -> str:
@@ -75,31 +81,23 @@ class Sizes:
     fused_head: bool = False
 
 
-def head_bias(choice: str | float, counts: np.ndarray, diseases: int) -> np.ndarray:
+def head_bias(choice: str | float, counts: np.ndarray, diseases: int, focus: Focus) -> np.ndarray:
     """The head's first bias, float32 (labels,).
 
-    It decides more than the loss does. Validation P@5 after 10 epochs, seed 0 (popularity has 0.183), printed by
-    `train_phenotypes.py --head-bias overall`, and so on:
-
-      bias      BCE    focal (2, 2, 0)  ASL (1, 0, 0)  ASL (4, 1, 0.05)
-      label     0.293  0.294            0.310          0.276
-      overall   0.302  0.275            0.302          not run
-      0         0.186  0.200            0.186          0.254
-
-    "label" is the default for the highest mean and the highest figure; BCE alone would rather have "overall".
-
     Args:
-      choice: "label" for the log-odds of each label's own rate, "overall" for those of the mean rate over all
-        labels, or a number for every label.
+      choice: "label" for the loss's own optimum at each label's rate, where a classifier that knows the rates alone
+        would end; "overall" for that at the mean rate over all labels; "log-odds" for cross-entropy's optimum at each
+        label's rate, whatever the loss; or a number for every label.
       counts: how many of the training diseases have each label.
       diseases: how many training diseases there are.
+      focus: of the loss.
     """
     overall = counts.mean() / diseases
-    if choice == "label":
-        # One imaginary disease with the mean rate: a label that no training disease has would start at -infinity.
-        rates = (counts + overall) / (diseases + 1)
-    elif choice == "overall":
+    # One imaginary disease with the mean rate: a label that no training disease has would start at -infinity.
+    rates = (counts + overall) / (diseases + 1)
+    if choice == "overall":
         rates = np.full(len(counts), overall)
-    else:
+    elif isinstance(choice, (int, float)):
         return np.full(len(counts), choice, np.float32)
-    return np.log(rates / (1 - rates)).astype(np.float32)
+    loss = bce().loss if choice == "log-odds" else focus.loss
+    return prior_logits(rates, loss).astype(np.float32)

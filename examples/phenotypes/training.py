@@ -68,7 +68,7 @@ class Plan:
     batch_size: int
     learning_rate: float
     seed: int
-    bias: np.ndarray
+    bias: Callable[[Focus], np.ndarray]
     labels: str = "dense"
 
 
@@ -203,6 +203,8 @@ def train(
 ) -> Run:
     """Trains one classifier; the seed decides parameters, batches and dropout, so runs differ by their loss alone.
 
+    The head's bias belongs to the loss, of which it is the optimum.
+
     An interruption ends it after the current step, with a last look at the validation split. A keeper is asked for an
     earlier position to go on from, and gets one after each epoch, where it is due, and at an interruption. With a
     layout, which make_trainer gets as its last argument, all processes of the mesh have to call this alike.
@@ -214,7 +216,7 @@ def train(
     total = plan.epochs * steps_per_epoch
     rng = np.random.default_rng(plan.seed)
     key = jax.random.key(plan.seed)
-    to_make = (problem.sizes, plan.bias, optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed)
+    to_make = (problem.sizes, plan.bias(focus), optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed)
     trainer = make_trainer(*to_make) if layout is None else make_trainer(*to_make, layout)
     position = (keeper and keeper.restore(trainer)) or Position(0, dict(rng.bit_generator.state))
     watched = problem.split.validation
