@@ -34,7 +34,7 @@ def command_line(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=whole(1), default=512, help="examples a step (512)")
     parser.add_argument("--width", type=whole(2), default=128, help="features that the head gets (128)")
     parser.add_argument("--vocabulary", type=whole(2), default=2**15, help="different words (32,768)")
-    parser.add_argument("--learning-rate", type=number(0), default=0.02, help="Adafactor's (0.02)")
+    parser.add_argument("--learning-rate", type=number(0), default=0.01, help="Adafactor's (0.01)")
     parser.add_argument("--gamma-neg", type=number(0), default=4.0, help="the loss's focus on negatives (4)")
     parser.add_argument("--gamma-pos", type=number(0), default=1.0, help="the loss's focus on positives (1)")
     parser.add_argument("--clip", type=number(0, below=1), default=0.05, help="the loss's probability margin (0.05)")

@@ -68,6 +68,7 @@ def _logits(loss: ElementwiseLoss, dtype: Any) -> np.ndarray:
     return np.unique(np.concatenate([np.linspace(*ends, 60), near]).astype(dtype))
 
 
+@pytest.mark.mostly_long(short=6)
 @pytest.mark.parametrize(("loss", "positive", "negative"), SETTINGS, ids=NAMES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_probability_has_a_relative_precision_into_both_tails(dtype, loss, positive, negative):
@@ -93,6 +94,7 @@ def test_the_expected_loss_is_least_at_the_logit_of_a_probability(loss, positive
             assert here < exact.expected_loss(positive, negative, near, p), (p, at, near)
 
 
+@pytest.mark.mostly_long(short=3)
 @pytest.mark.parametrize(("loss", "positive", "negative"), SETTINGS, ids=NAMES)
 def test_a_logit_is_the_inverse_of_a_probability(loss, positive, negative):
     x = _logits(loss, np.float64)
@@ -183,6 +185,7 @@ def test_a_head_that_is_trained_with_the_loss_ends_at_the_logit_of_its_frequency
     np.testing.assert_allclose(x, target, atol=2e-3)
 
 
+@pytest.mark.mostly_long(short=1)
 @pytest.mark.parametrize("loss", [AsymmetricLoss(), FocalLoss(2.0), HillLoss()], ids=repr)
 def test_derivatives_jit_and_vmap(loss):
     for function, at in ((loss.probability, 0.4), (loss.logit, 0.3)):
