@@ -26,16 +26,20 @@ _ROWS = 64
 def sum_last(x: Array) -> Array:
     """Sum over the last dimension: of groups of `GROUP_OF_A_SUM` numbers, of groups of these sums, and so on.
 
-    The groups' sums are matrix products, which XLA's CPU backend neither fuses with what makes x nor merges into one.
+    All are matrix products, which XLA's CPU backend neither fuses with what makes x nor merges, into one or with a mean
+    that the caller takes of them.
     """
     *leading, n = x.shape
-    ones = jnp.ones(GROUP_OF_A_SUM, x.dtype)
     while n > GROUP_OF_A_SUM:
         groups = math.ceil(n / GROUP_OF_A_SUM)
         padded = jnp.pad(x, [(0, 0)] * len(leading) + [(0, groups * GROUP_OF_A_SUM - n)])
-        x = jnp.dot(padded.reshape(*leading, groups, GROUP_OF_A_SUM), ones, precision=lax.Precision.HIGHEST)
+        x = _dot_with_ones(padded.reshape(*leading, groups, GROUP_OF_A_SUM))
         n = groups
-    return jnp.sum(x, axis=-1)
+    return _dot_with_ones(x)
+
+
+def _dot_with_ones(x: Array) -> Array:
+    return jnp.dot(x, jnp.ones(x.shape[-1], x.dtype), precision=lax.Precision.HIGHEST)
 
 
 def _sum_rows(x: Array, axis: int) -> Array:
@@ -50,7 +54,7 @@ def _sum_rows(x: Array, axis: int) -> Array:
         padded = jnp.pad(x, fill)
         x = jnp.sum(padded.reshape(*x.shape[:axis], groups, group, *x.shape[axis + 1 :]), axis + 1)
         group = GROUP_OF_A_SUM
-    return jnp.sum(x, axis)
+    return lax.optimization_barrier(jnp.sum(x, axis))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -78,9 +82,6 @@ class _SumCode:
         return plain, {"cpu": self._by_groups, "default": plain}
 
     def _by_groups(self, x: Array) -> Array:
-        if math.prod(x.shape[axis] for axis in self.axes) <= GROUP_OF_A_SUM:
-            # Behind a barrier: of two small sums, over the classes and over the examples, XLA would make one long one.
-            return jnp.sum(lax.optimization_barrier(x), self.axes)
         kept = x.ndim - len(self.axes)
         if self.axes == tuple(range(kept, x.ndim)):
             return sum_last(x.reshape(*x.shape[:kept], math.prod(x.shape[kept:])))
