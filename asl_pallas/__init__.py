@@ -9,6 +9,7 @@ from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.prior import PriorLogitInit, decision_logit, label_frequencies, prior_logits
+from asl_pallas.statistics import Statistics
 
 __all__ = [
     "EXPORT_CHECKS",
@@ -19,6 +20,7 @@ __all__ = [
     "PartialLabels",
     "PriorLogitInit",
     "SparseLabels",
+    "Statistics",
     "asymmetric_loss",
     "checked_labels",
     "decision_logit",

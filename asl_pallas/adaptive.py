@@ -41,7 +41,8 @@ class AdaptiveAsymmetry:
         state = controller.init()
         ...                                           # in the train step, with the state among its arguments
         loss = AsymmetricLoss(gamma_neg=state.gamma_neg)
-        state = controller.update(state, gap)         # of this step's logits, summed over the devices
+        total, statistics = multilabel_loss(loss, logits, labels, axis=None, statistics=True)
+        state = controller.update(state, statistics.probability_gap)
 
     Attributes:
       target_gap: in (-1, 1). The paper's is 0.1.

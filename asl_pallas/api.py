@@ -21,6 +21,7 @@ from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
+from asl_pallas.statistics import Statistics, of_sums
 
 
 @explains_foreign_names
@@ -139,10 +140,11 @@ def multilabel_loss(
     pos_weight: ArrayLike | None = None,
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
+    statistics: bool = False,
     donate_logits: bool = False,
     logits_spec: PartitionSpec | None = None,
     implementation: str | None = None,
-) -> Array:
+) -> Any:
     r"""Any elementwise loss of multilabel logits, summed over the classes by default.
 
     An element's loss is what the object says, its positive term times pos_weight, and all of it times its weight. Soft
@@ -154,12 +156,15 @@ def multilabel_loss(
         broadcastable to the logits, (classes,) for a value per class.
       labels: as in `asymmetric_loss`. For a loss with three states also integers of which one means not annotated
         (`SelectiveLoss` says which), or `PartialLabels`.
+      statistics: True for `Statistics` of the same pass beside the loss, summed over the same axes, of which the
+        classes have to be one: `jax.value_and_grad(..., has_aux=True)` takes the pair.
       logits, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
         implementation: as in `asymmetric_loss`.
 
     Returns:
-      The loss, float32, or float64 for float64 logits. The gradient has the logits' dtype. Reverse mode differentiates
-      with respect to logits, float labels, weights and pos_weight, twice as well.
+      The loss, float32, or float64 for float64 logits; with statistics=True the pair of it and `Statistics`. The
+      gradient has the logits' dtype. Reverse mode differentiates with respect to logits, float labels, weights and
+      pos_weight, twice as well; statistics have no derivatives.
 
     Raises:
       ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
@@ -177,6 +182,7 @@ def multilabel_loss(
         pos_weight=pos_weight,
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
+        statistics=statistics,
         donate_logits=donate_logits,
         logits_spec=logits_spec,
         implementation=implementation,
@@ -219,7 +225,7 @@ def sigmoid_asymmetric_loss(
 
 def _multilabel_loss(
     function: str, loss: Any, logits: Any, labels: Any, *, logits_spec: PartitionSpec | None, **options: Any
-) -> Array:
+) -> Any:
     x = arguments.check_logits(logits)
     checked = call.check(loss, x, labels, **options)
     execution = _Execution(
@@ -232,7 +238,8 @@ def _multilabel_loss(
     )
     spec = arguments.check_spec("logits", logits_spec, x.ndim)
     operands = Operands(logits=x, **checked.arrays)
-    return _compiled(execution, checked.axes, spec, arguments.constants(operands, x), operands)
+    losses, statistics = _compiled(execution, checked.axes, spec, arguments.constants(operands, x), operands)
+    return (losses, statistics) if checked.task.statistics else losses
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -242,7 +249,7 @@ def _compiled(
     logits_spec: PartitionSpec | None,
     constants: tuple[str, ...],
     operands: Operands,
-) -> Array:
+) -> tuple[Array, Statistics | None]:
     operands = call.laid_out(
         execution.function, execution.task.loss, constants, operands, operands.logits.shape, operands.logits.dtype
     )
@@ -267,11 +274,14 @@ def _compiled(
         execution = execution.plain()
     if execution.implementation not in (None, kernels.PLAIN):
         on_a_device = sharding.shard_of(execution.task, operands, execution.layout)
-        if refusal := kernels.refusal(execution.implementation, on_a_device, execution.task.labels):
+        task = execution.task
+        if refusal := kernels.refusal(execution.implementation, on_a_device, task.labels, task.statistics):
             raise NotImplementedError(f"implementation={execution.implementation!r} can't serve this call: {refusal}")
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses = vjp.loss(execution, unify_varying_axes(operands))
-    return sum_over(losses, tuple(axis for axis in axes if axis != classes_axis))
+    losses, sums = vjp.loss(execution, unify_varying_axes(operands))
+    statistics = None if sums is None else of_sums(losses, sums, operands.logits.shape[-1])
+    others = tuple(axis for axis in axes if axis != classes_axis)
+    return sum_over(losses, others), jax.tree.map(lambda sums: sum_over(sums, others), statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +306,12 @@ class _Execution:
         return self.task.loss.traced()
 
     def asking_for(self, value: bool, gradients: tuple[str, ...]) -> _Execution:
-        task = dataclasses.replace(self.task, value=self.task.value if value else None, gradient=bool(gradients))
+        task = dataclasses.replace(
+            self.task,
+            value=self.task.value if value else None,
+            gradient=bool(gradients),
+            statistics=self.task.statistics and value,
+        )
         return dataclasses.replace(self, task=task)
 
     def plain(self) -> _Execution:
@@ -305,10 +320,10 @@ class _Execution:
     def evaluate(self, operands: Operands) -> vjp.Outputs:
         run = functools.partial(kernels.run, self.task, implementation=self.implementation, interpret=self.interpret)
         if self.layout is None:
-            value, gradient = run(operands)
+            value, gradient, sums = run(operands)
         else:
-            value, gradient = sharding.on_shards(run, self.task, operands, self.layout)
-        return vjp.Outputs(value, {"logits": gradient} if self.task.gradient else {})
+            value, gradient, sums = sharding.on_shards(run, self.task, operands, self.layout)
+        return vjp.Outputs(value, {"logits": gradient} if self.task.gradient else {}, sums)
 
     def gives_both(self, operands: Operands, wanted: tuple[str, ...]) -> bool:
         """But for float16: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came."""

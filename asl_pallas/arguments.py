@@ -333,6 +333,15 @@ def check_spec(name: str, spec: Any, ndim: int) -> PartitionSpec | None:
     return spec
 
 
+def check_statistics(statistics: Any, axis: Any, axes: tuple[int, ...], ndim: int) -> bool:
+    if check_flag("statistics", statistics) and ndim - 1 not in axes:
+        raise ValueError(
+            f"statistics are sums over the classes, and axis={axis!r} leaves them in; expected -1, None or a tuple "
+            "with the classes' axis"
+        )
+    return bool(statistics)
+
+
 def check_flag(name: str, flag: Any) -> bool:
     if not isinstance(flag, (bool, np.bool_)):
         raise TypeError(f"{name}={flag!r}; expected True or False")

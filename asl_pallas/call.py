@@ -42,6 +42,7 @@ def check(
     ignore_label: Any,
     label_smoothing: Any,
     implementation: Any,
+    statistics: Any = False,
     donate_logits: Any = False,
 ) -> Checked:
     """Of the logits no more than shape and dtype is asked."""
@@ -58,6 +59,7 @@ def check(
         label_smoothing=arguments.check_label_smoothing(label_smoothing, its_loss.static),
         donate_logits=arguments.check_flag("donate_logits", donate_logits),
         labels=its_labels.form,
+        statistics=arguments.check_statistics(statistics, axis, axes, len(logits.shape)),
     )
     arrays = {
         "labels": its_labels.labels,

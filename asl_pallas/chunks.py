@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
-from asl_pallas.kernels.summation import add_exactly, total_of
+from asl_pallas.kernels.summation import add_exactly, sum_over, total_of
 from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype, is_annotated
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import unify_varying_axes
@@ -49,12 +49,18 @@ class Arrays(NamedTuple):
 
 class Found(NamedTuple):
     """value: (...,), one loss an example; features, kernel, bias: their gradients, that of the features in the compute
-    dtype, the others in their own. None where not asked for."""
+    dtype, the others in their own; sums: `Sums` of (...,). None where not asked for."""
 
     value: Any = None
     features: Any = None
     kernel: Any = None
     bias: Any = None
+    sums: Any = None
+
+    def summed(self) -> Found:
+        """Over all examples."""
+        value, sums = jax.tree.map(lambda part: sum_over(part, tuple(range(part.ndim))), (self.value, self.sums))
+        return self._replace(value=value, sums=sums)
 
 
 PARAMETERS = ("features", "kernel", "bias")
@@ -130,12 +136,13 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             reason = kernels.refusal(work.implementation, tile, task.labels)
             if reason is not None:
                 raise NotImplementedError(f"implementation={work.implementation!r} can't serve this call: {reason}")
-        value, gradient = kernels.run(task, tile, work.implementation, work.interpret)
+        value, gradient, sums = kernels.run(task, tile, work.implementation, work.interpret)
+        sums = jax.tree.map(jnp.add, found.sums, sums)
         if value is not None:
             total, lost = found.value
             value = add_exactly(total, lost, value)
         if gradient is None:
-            return Found(value)
+            return Found(value, sums=sums)
         gradient = gradient.reshape(features.shape[0], size)
         of_features, of_kernel, of_bias = found.features, found.kernel, found.bias
         if "bias" in work.gradients:
@@ -146,13 +153,14 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         if "kernel" in work.gradients:
             of_chunk = _product(features, gradient, (0, 0), dtype, work.precision)
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
-        return Found(value, of_features, of_kernel, of_bias)
+        return Found(value, of_features, of_kernel, of_bias, sums)
 
     nothing = Found(
         value=None if task.value is None else (jnp.zeros(leading, dtype),) * 2,
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
         kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
+        sums=task.sums_like(_element(task, arrays, dtype), jnp.zeros(leading, dtype)),
     )
     nothing, _ = unify_varying_axes((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
@@ -164,6 +172,25 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     if found.features is not None:
         found = found._replace(features=found.features.reshape(arrays.features.shape))
     return found
+
+
+def _element(task: Task, arrays: Arrays, dtype: Any) -> Operands:
+    """Shapes and dtypes of one element's operands."""
+
+    def of(array: Any, dtype: Any = None) -> Any:
+        return None if array is None else jax.ShapeDtypeStruct((1, 1), dtype or array.dtype)
+
+    labels = None if task.labels == "dense" else bool
+    return Operands(
+        logits=jax.ShapeDtypeStruct((1, 1), dtype),
+        labels=of(arrays.labels, labels),
+        where=of(arrays.where),
+        weights=of(arrays.weights),
+        pos_weight=of(arrays.pos_weight),
+        negatives=of(arrays.negatives, labels),
+        vectors=tuple(map(of, arrays.vectors)),
+        scalars=None if arrays.scalars is None else (jax.ShapeDtypeStruct((), dtype),) * arrays.scalars.size,
+    )
 
 
 def _counts(task: Task, where: Array | None, labels: Array) -> Array | None:

@@ -25,6 +25,7 @@ from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
+from asl_pallas.statistics import Statistics, of_sums
 
 
 @explains_foreign_names
@@ -128,21 +129,23 @@ def linear_multilabel_loss(
     pos_weight: ArrayLike | None = None,
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
+    statistics: bool = False,
     precision: Any = None,
     features_spec: PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,
     implementation: str | None = None,
-) -> Array:
+) -> Any:
     r"""`multilabel_loss(loss, features @ kernel + bias, labels)` without the logits.
 
     Args:
       loss: a loss object, as in `multilabel_loss`.
       features, kernel, labels, bias, chunk_size, axis, precision, features_spec, kernel_spec, implementation: as in
         `linear_asymmetric_loss`.
-      where, weights, pos_weight, ignore_label, label_smoothing: as in `multilabel_loss`.
+      where, weights, pos_weight, ignore_label, label_smoothing, statistics: as in `multilabel_loss`.
 
     Returns:
-      The loss, float32, or float64 for float64 features; see `linear_asymmetric_loss`.
+      The loss, float32, or float64 for float64 features, see `linear_asymmetric_loss`; with statistics=True the pair of
+      it and `Statistics`.
 
     Raises:
       ValueError, TypeError: an argument of the wrong kind, shape or range, before anything is compiled; a derivative
@@ -163,6 +166,7 @@ def linear_multilabel_loss(
         pos_weight=pos_weight,
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
+        statistics=statistics,
         precision=precision,
         features_spec=features_spec,
         kernel_spec=kernel_spec,
@@ -183,7 +187,7 @@ def _linear_loss(
     features_spec: Any,
     kernel_spec: Any,
     **options: Any,
-) -> Array:
+) -> Any:
     x = arguments.check_features(features)
     w = arguments.check_kernel(kernel, x)
     # What the checks of multilabel_loss ask about the logits.
@@ -205,7 +209,8 @@ def _linear_loss(
     execution = _Execution(function, work, total=checked.axes == tuple(range(logits.ndim)), layout=None)
     specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
     arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
-    return _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
+    losses, found = _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
+    return (losses, found) if checked.task.statistics else losses
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -215,7 +220,7 @@ def _compiled(
     specs: tuple[PartitionSpec | None, PartitionSpec | None],
     constants: tuple[str, ...],
     arrays: Arrays,
-) -> Array:
+) -> tuple[Array, Statistics | None]:
     shape = (*arrays.features.shape[:-1], arrays.kernel.shape[1])
     arrays = call.laid_out(
         execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
@@ -227,8 +232,11 @@ def _compiled(
         execution = dataclasses.replace(execution, layout=layout)
         arrays = head_sharding.lay(arrays, execution.work.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses = vjp.loss(execution, unify_varying_axes(arrays))
-    return losses if execution.total else sum_over(losses, tuple(axis for axis in axes if axis != len(shape) - 1))
+    losses, sums = vjp.loss(execution, unify_varying_axes(arrays))
+    elements = math.prod(shape) if execution.total else shape[-1]
+    found = losses, None if sums is None else of_sums(losses, sums, elements)
+    others = () if execution.total else tuple(axis for axis in axes if axis != len(shape) - 1)
+    return jax.tree.map(lambda part: sum_over(part, others), found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +259,8 @@ class _Execution:
         return self.work.task.loss.traced()
 
     def asking_for(self, value: bool, gradients: tuple[str, ...]) -> _Execution:
-        task = dataclasses.replace(self.work.task, value="rows" if value else None)
+        statistics = self.work.task.statistics and value
+        task = dataclasses.replace(self.work.task, value="rows" if value else None, statistics=statistics)
         return dataclasses.replace(self, work=dataclasses.replace(self.work, task=task, gradients=gradients))
 
     def plain(self) -> _Execution:
@@ -260,14 +269,14 @@ class _Execution:
     def evaluate(self, arrays: Arrays) -> vjp.Outputs:
         if self.layout is None:
             found = chunks.run(self.work, arrays)
-            if self.total and found.value is not None:
-                found = found._replace(value=sum_over(found.value, tuple(range(found.value.ndim))))
+            if self.total:
+                found = found.summed()
         else:
             found = head_sharding.on_shards(self.work, arrays, self.layout, self.total)
         gradients = {name: getattr(found, name) for name in self.work.gradients}
         if "features" in gradients:
             gradients["features"] = gradients["features"].astype(arrays.features.dtype)
-        return vjp.Outputs(found.value, gradients)
+        return vjp.Outputs(found.value, gradients, found.sums)
 
     def gives_both(self, arrays: Arrays, wanted: tuple[str, ...]) -> bool:
         """For the total alone: a loss per example has a cotangent per example, which belongs under the sum over them.

@@ -21,7 +21,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from asl_pallas import chunks
 from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Work
-from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.tile import ENCODED, Form
 from asl_pallas.kernels.versions import vary_as_operands
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
@@ -148,25 +147,28 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool) -> Fo
 
     def body(arrays: Arrays) -> Found:
         found = chunks.run(work, _own_labels(form, arrays, classes, layout), _exchange(layout))
-        value, features, kernel, bias = found
-        if value is not None:
-            if total:
-                value = sum_over(value, tuple(range(value.ndim)))
-            value = _sum(value, (*layout.examples, *layout.classes) if total else layout.classes)
+        if total:
+            found = found.summed()
+        value, features, kernel, bias, sums = found
+        # One sum over the devices for all of these numbers.
+        value, sums = _sum((value, sums), (*layout.examples, *layout.classes) if total else layout.classes)
         return Found(
             value,
             features if features is None else _sum(features, layout.classes),
             kernel,
             bias if bias is None else _sum(bias, layout.examples),
+            sums,
         )
 
+    of_examples = PartitionSpec() if total else PartitionSpec(*specs.features[:-1])
     results = Found(
-        value=PartitionSpec() if total else PartitionSpec(*specs.features[:-1]),
+        value=of_examples,
         features=specs.features,
         kernel=specs.kernel,
         bias=specs.bias,
+        sums=of_examples,
     )
-    wanted = (*work.gradients, *(["value"] if work.task.value else []))
+    wanted = (*work.gradients, *(["value"] if work.task.value else []), *(["sums"] if work.task.statistics else []))
     out_specs = Found(**{name: getattr(results, name) for name in wanted})
     return _shard_map(body, layout, specs, out_specs)(lay(arrays, form, layout))
 
@@ -249,5 +251,5 @@ def _first_class(layout: HeadLayout, classes: int) -> Any:
     return index * (classes // layout.parts(layout.classes))
 
 
-def _sum(array: Array, names: Names) -> Array:
-    return lax.psum(array, names) if names else array
+def _sum(arrays: Any, names: Names) -> Any:
+    return lax.psum(arrays, names) if names else arrays

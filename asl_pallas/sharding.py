@@ -126,18 +126,18 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
                 return array - first if task.labels == "sparse" else cut(array, first, classes)
 
             operands = operands.map(own)
-        value, gradient = run(operands)
+        value, gradient, sums = run(operands)
         if task.value == "rows" and class_axes:
-            value = lax.psum(value, class_axes)
-        return Result(value, gradient)
+            value, sums = lax.psum((value, sums), class_axes)
+        return Result(value, gradient, sums)
 
     of_logits = specs.logits
-    of_value = {"rows": PartitionSpec(*of_logits[:-1]), "elements": of_logits, None: None}[task.value]
+    of_rows = PartitionSpec(*of_logits[:-1])
     on_mesh = jax.shard_map(
         body,
         mesh=layout.mesh,
         in_specs=(specs,),
-        out_specs=Result(of_value, of_logits if task.gradient else None),
+        out_specs=task.results(sums=of_rows, elements=of_logits, gradient=of_logits, statistics=of_rows),
         # Where none is taken JAX's default: under vmap it leaves out the axis that shares out the mapped dimension.
         axis_names=free if len(free) < len(kinds) else frozenset(),
         check_vma=False,

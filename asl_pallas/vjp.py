@@ -11,16 +11,19 @@ import functools
 from typing import Any, NamedTuple, Protocol, Self
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from asl_pallas import residuals
 
 
 class Outputs(NamedTuple):
-    """The losses, None where not asked for, and the gradients by name."""
+    """The losses, None where not asked for, the gradients by name, and sums for statistics, without derivatives."""
 
     value: Any
     gradients: dict[str, Any]
+    sums: Any = None
 
 
 class Execution(Protocol):
@@ -75,9 +78,10 @@ def _run_jvp(execution, primals, tangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def loss(execution: Execution, arrays: Any) -> Array:
-    """The losses, whose derivatives with respect to the arrays' fields are the execution's."""
-    return _run(execution.asking_for(True, ()), arrays).value
+def loss(execution: Execution, arrays: Any) -> tuple[Array, Any]:
+    """The losses, whose derivatives with respect to the arrays' fields are the execution's, and sums beside them."""
+    found = _run(execution.asking_for(True, ()), arrays)
+    return found.value, found.sums
 
 
 def _forward(execution: Execution, arrays: Any):
@@ -89,10 +93,14 @@ def _forward(execution: Execution, arrays: Any):
     gradients = {name: outputs.gradients.get(name, nothing) for name in execution.parameters}
     keeps_arrays = perturbed - set(execution.parameters) or not in_one_pass
     kept = arrays if keeps_arrays else jax.tree.map(residuals.absent, arrays)
-    return outputs.value, (gradients, kept, residuals.as_array(perturbed, arrays._fields))
+    return (outputs.value, outputs.sums), (gradients, kept, residuals.as_array(perturbed, arrays._fields))
 
 
-def _backward(execution: Execution, kept, cotangent: Array):
+def _backward(execution: Execution, kept, cotangents: tuple[Array, Any]):
+    cotangent, _ = cotangents
+    if isinstance(cotangent, SymbolicZero):  # of a function of the sums alone
+        aval: Any = cotangent.aval
+        cotangent = jnp.zeros(aval.shape, aval.dtype)
     gradients, arrays = residuals.present(kept[:2])
     perturbed = set(residuals.from_array(kept[2], arrays._fields))
     if perturbed & {"vectors", "scalars"}:  # here, since JAX doesn't forget that a forward rule has raised

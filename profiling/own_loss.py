@@ -2,6 +2,7 @@
 
     python -m profiling.own_loss my_losses:Squared                # the class or object of that name, in that module
     python -m profiling.own_loss asl_pallas.losses:HillLoss --target v5e --target v6e
+    python -m profiling.own_loss asl_pallas.losses:AsymmetricLoss --statistics --target v5e
     python -m profiling.own_loss asl_pallas.losses:HillLoss --local    # on this machine's accelerator, against a copy
 
 Exactness: loss and slope of each element by every implementation, the kernels in Pallas's interpreter, against the
@@ -41,14 +42,13 @@ ROWS, CLASSES = 4096, 8192
 
 _SCRIPT = """
 import os, sys
-target, name, path = sys.argv[1:]
+target, name, statistics, path = sys.argv[1:]
 sys.path[:0] = path.split(os.pathsep)
 import jax
 from asl_pallas import multilabel_loss
 from profiling import own_loss, targets
 loss = own_loss.find(name)
-step = jax.value_and_grad(lambda x, y: multilabel_loss(loss, x, y, implementation="mosaic_tpu").sum())
-targets.compile_for(target, step, *own_loss.shapes())
+targets.compile_for(target, own_loss.step(loss, statistics == "True"), *own_loss.shapes())
 """
 
 
@@ -128,22 +128,31 @@ def _error(found: Any, truth: Any) -> float:
     return float(np.max(np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf))))
 
 
-def cost(name: str, target: str) -> Cost:
-    """Of the loss "module:name", compiled for a TPU."""
+def step(loss: ElementwiseLoss, statistics: bool = False, implementation: str = "mosaic_tpu") -> Any:
+    """Value and gradient of all losses' sum, and the statistics of each row."""
+
+    def total(x: Any, y: Any) -> Any:
+        found = multilabel_loss(loss, x, y, statistics=statistics, implementation=implementation)
+        losses, of_rows = found if statistics else (found, None)
+        return losses.sum(), of_rows
+
+    return jax.value_and_grad(total, has_aux=True)
+
+
+def cost(name: str, target: str, statistics: bool = False) -> Cost:
+    """Of the loss "module:name", compiled for a TPU: of its kernel, which all but some sums of rows is."""
     loss = find(name)
-    task, operands = Task(loss, "rows", True), Operands(*shapes())
+    task, operands = Task(loss, "rows", True, statistics=statistics), Operands(*shapes())
     cycles, spills = 0.0, 0
-    for one in targets.schedules(target, _SCRIPT, target, name, os.pathsep.join(filter(None, sys.path))):
+    path = os.pathsep.join(filter(None, sys.path))
+    for one in targets.schedules(target, _SCRIPT, target, name, str(statistics), path):
         turns = schedule.turns_of(one, target, task, operands)
         if turns is None:
             raise RuntimeError(f"{one.name} has loops whose turns nothing tells")
         cycles += sum(n * loop.bundles for n, loop in zip(turns, one.loops, strict=True))
         spills += one.spills
 
-    def total(x: Any, y: Any) -> Any:
-        return multilabel_loss(loss, x, y, implementation="mosaic_tpu").sum()
-
-    compiled = targets.compile_for(target, jax.value_and_grad(total), *shapes())
+    compiled = targets.compile_for(target, step(loss, statistics), *shapes())
     return Cost(target, cycles / (ROWS * CLASSES / 1024), spills, targets.temporary_bytes(compiled))
 
 
@@ -173,6 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m profiling.own_loss", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("loss", help="module:name of a loss object, or of its class")
     parser.add_argument("--target", action="append", choices=targets.TPU, help="a TPU to compile for, several times")
+    parser.add_argument("--statistics", action="store_true", help="with statistics, in the bundles of --target")
     parser.add_argument("--local", action="store_true", help="time it on this machine, against a copy")
     options = parser.parse_args(arguments)
     rows = exactness(find(options.loss))
@@ -184,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row.most_slope:9.1e}{held}"
         )
     for target in options.target or []:
-        found = cost(options.loss, target)
+        found = cost(options.loss, target, options.statistics)
         print(
             f"{target}: {found.bundles_per_1024:.2f} bundles per 1024 elements, {found.spills} spills, "
             f"{found.temporary_bytes:,} bytes of temporaries"

@@ -20,10 +20,11 @@ def test_the_readme_s_python_runs(capsys):
     names: dict[str, Any] = {}
     for code in blocks:
         exec(compile(code, "README.md", "exec"), names)
-    loss, wrong_label, at_zero = capsys.readouterr().out.splitlines()
+    loss, wrong_label, at_zero, gap = capsys.readouterr().out.splitlines()
     assert float(loss) > 0
     assert wrong_label == "labels hold 2; expected 0 or 1 (`check` failed)"
     assert names["losses"].shape == names["ids"].shape[:1] == (3,)
+    assert -1 < float(gap) < 1
     assert at_zero == "0.147" and "# 0.147: " in README
     assert names["loss"] > 0 and jnp.any(names["gradients"].kernel[...] != 0)
     assert names["focal"].shape == names["weak"].shape == names["hinge"].shape == (3,)

@@ -55,7 +55,7 @@ def interpreting() -> bool:
     return _interpreted.get()
 
 
-def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> str | None:
+def refusal(implementation: str, operands: Operands, labels: Form = "dense", statistics: bool = False) -> str | None:
     """Why this kernel can't serve this call on its own platform, or None where it can."""
     if implementation == "xla":
         return None
@@ -64,6 +64,8 @@ def refusal(implementation: str, operands: Operands, labels: Form = "dense") -> 
     if implementation == "mosaic_gpu":
         if lacking := lacks_mosaic_gpu():
             return lacking
+        if statistics:
+            return "it adds up losses alone, and no statistics; 'triton' does"
         if labels != "dense":
             return f"it loads dense labels, and these are {labels}; 'triton' serves them"
         if (classes := operands.logits.shape[-1]) < MOSAIC_GPU_CLASSES:
@@ -115,10 +117,11 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     leading = operands.logits.shape[:-1]
     if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
         return xla.run(task, operands)
-    value, gradient = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
+    value, gradient, sums = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
-    return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape))
+    sums = jax.tree.map(lambda part: part.reshape(leading), sums)
+    return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape), sums)
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
@@ -134,7 +137,7 @@ def _shapes_of(operands: Operands) -> Operands:
 
 @dataclasses.dataclass(frozen=True)
 class _TaskCode:
-    """What serves a task, or that of its two results which somebody asks for, by platform."""
+    """What serves a task, or those of its results which somebody asks for, by platform."""
 
     task: Task
     shapes: Operands
@@ -142,14 +145,30 @@ class _TaskCode:
     interpret: bool
 
     def __call__(self, asked: tuple[bool, ...]) -> Code:
-        part = self.task
-        if asked and not all(asked):
-            wants_value, wants_gradient = asked
-            part = dataclasses.replace(part, value=part.value if wants_value else None, gradient=wants_gradient)
-        plain = functools.partial(xla.run, part)
+        part = self._part(asked)
+        functions: dict[str, Callable[[Operands], Any]]
+        plain: Callable[[Operands], Any] = functools.partial(xla.run, part)
         if self.interpret and self.implementation not in (None, "xla"):
-            return plain, {"default": functools.partial(_kernel, self.implementation, part, interpret=True)}
-        return plain, _functions(part, self.shapes, self.implementation, plain)
+            functions = {"default": functools.partial(_kernel, self.implementation, part, interpret=True)}
+        else:
+            functions = _functions(part, self.shapes, self.implementation, plain)
+        if asked and part.statistics and not all(asked):
+            chosen = functools.partial(_chosen, self.task, asked)
+            return chosen(plain), {name: chosen(function) for name, function in functions.items()}
+        return plain, functions
+
+    def _part(self, asked: tuple[bool, ...]) -> Task:
+        """What to compute for these results; statistics, if any of them is asked for, come with the value."""
+        task = self.task
+        if not asked or all(asked):
+            return task
+        numbers = iter(asked)
+        value = next(numbers) if task.value else False
+        gradient = next(numbers) if task.gradient else False
+        statistics = any(numbers)
+        return dataclasses.replace(
+            task, value=task.value if value or statistics else None, gradient=gradient, statistics=statistics
+        )
 
     def explain(self, error: Exception) -> Exception:
         """What a kernel says of a loss that it can't compile: ours can be, a user's own need not."""
@@ -191,6 +210,17 @@ class _TaskCode:
         return merged, dataclasses.replace(self, task=task, shapes=_shapes_of(merged))
 
 
+def _chosen(task: Task, asked: tuple[bool, ...], function: Callable[[Operands], Result]) -> Callable[[Operands], Any]:
+    """The function, with the results that are asked for alone, in a list."""
+
+    def chosen(operands: Operands) -> list[Any]:
+        value, gradient, sums = function(operands)
+        there = [*([value] if task.value else []), *([gradient] if task.gradient else []), *jax.tree.leaves(sums)]
+        return [part for part, wanted in zip(there, asked, strict=True) if wanted]
+
+    return chosen
+
+
 def _scalars_by_row(
     operands: Operands, mapped: Operands, loss: ElementwiseLoss
 ) -> tuple[Operands, Operands, ElementwiseLoss]:
@@ -213,14 +243,14 @@ def _functions(
 ) -> dict[str, Callable[[Operands], Result]]:
     """What serves a task on operands of these shapes, by platform."""
     if implementation not in (None, "xla"):
-        if reason := refusal(implementation, shapes, task.labels):  # of what vmap has put together
+        if reason := refusal(implementation, shapes, task.labels, task.statistics):  # of what vmap has put together
             raise NotImplementedError(f"implementation={implementation!r} can't serve this call: {reason}")
         kernel = functools.partial(_kernel, implementation, task)
         return {PLATFORMS[implementation]: kernel, "default": functools.partial(_refuse, implementation)}
     functions: dict[str, Callable[[Operands], Result]] = {"cpu": functools.partial(xla.run_streamed, task)}
     if implementation is None:
         for name in CHOSEN:
-            if refusal(name, shapes, task.labels) is None and _pays(name, task, shapes):
+            if refusal(name, shapes, task.labels, task.statistics) is None and _pays(name, task, shapes):
                 functions[PLATFORMS[name]] = functools.partial(_kernel, name, task)
     return {**functions, "default": plain}
 

@@ -81,7 +81,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if any(sharding.spec):
         # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.
         whole = jax.tree.map(lambda array: jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())), operands)
-        value, gradient = run(task, whole, interpret=interpret)
+        value, gradient, _ = run(task, whole, interpret=interpret)
         by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
         return Result(
             None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),
@@ -112,7 +112,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return run(operands)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    (value, gradient), _ = unify_varying_axes((call(flat), operands.logits))
+    (value, gradient, _), _ = unify_varying_axes((call(flat), operands.logits))
     if task.value is not None:
         value = value.reshape(results.value.shape)
     if task.value == "rows":

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.kernels.summation import add_exactly, total_of
+from asl_pallas.kernels.sums import unpacked
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task, index_where_it_varies
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
@@ -48,10 +49,17 @@ class _Scratch(NamedTuple):
     converted: Operands
     spread: Operands
     words: Operands
-    aside: list[Any]  # [group, chunk] each, between two stages
-    sums: Any = None  # [rows, partial], a row's partial sums of some blocks
+    aside: list[Any]  # [group, chunk] or [group, partial] each, between two stages
+    sums: Any = None  # `_RowSums` of [rows, partial], a row's partial sums of some blocks
     total: Any = None  # likewise, those of all blocks before
     lost: Any = None  # likewise, what the roundings of `total` lost
+
+
+class _RowSums(NamedTuple):
+    """What is added up along the classes."""
+
+    losses: Any
+    statistics: Any  # `Sums`, or None
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
@@ -96,25 +104,40 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     ops = arithmetic(task, operands, not interpret and tpu_refines())
     tile = _tile_of(task, tiling, operands)
     cut = min(tiling.cut, task.cuts(tile, ops))
-    scratch = _Scratch(converted, spread, words, _aside(task, cut, tile, ops))
+    packed = task.packs_counts(operands, pl.cdiv(classes, tiling.partial))
+    stages = _stages(task, tiling, cut, ops, packed)
+    scratch = _Scratch(converted, spread, words, _aside(stages, tile))
+    row_sums = _RowSums(1, task.sums_like(tile, 1))
     result_like_logits = functools.partial(result_like, operands.logits)
     results = task.results(
         sums=result_like_logits((1, padded_rows), jnp.float32),
         elements=result_like_logits(shape, jnp.float32),
         gradient=result_like_logits(shape, operands.logits.dtype),
+        statistics=jax.tree.map(lambda _: result_like_logits((1, padded_rows), jnp.float32), row_sums.statistics),
     )
     if task.value == "rows":
-        partial = pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32)
+        kept = row_sums
+        if packed:
+            counts = row_sums.statistics.counts._replace(dropped=None)
+            kept = row_sums._replace(statistics=row_sums.statistics._replace(counts=counts))
+        partial = jax.tree.map(lambda _: pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32), kept)
         scratch = scratch._replace(sums=partial)
         if tiling.blocks_of_a_sum(classes):
             scratch = scratch._replace(total=partial, lost=partial)
 
     moved = jax.tree.leaves((inputs, results))
-    ((value, gradient),) = pl.pallas_call(
-        functools.partial(_kernel, task, tiling, ops, (rows, classes), cut),
+    ((value, gradient, sums),) = pl.pallas_call(
+        functools.partial(_kernel, task, tiling, ops, (rows, classes), stages, packed),
         grid=grid,
         in_specs=[specs],
-        out_specs=[task.results(sums=by_row, elements=block, gradient=block)],
+        out_specs=[
+            task.results(
+                sums=by_row,
+                elements=block,
+                gradient=block,
+                statistics=jax.tree.map(lambda _: by_row, row_sums.statistics),
+            )
+        ],
         out_shape=[results],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
@@ -132,10 +155,10 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         name=task.kernel_name,
     )(inputs)
     if task.value == "rows":
-        value = value[0, :rows]
+        value, sums = jax.tree.map(lambda by_row: by_row[0, :rows], (value, sums))
     elif task.value is not None and tiling.transposed:
         value = value.T
-    return Result(value, gradient.T if task.gradient and tiling.transposed else gradient)
+    return Result(value, gradient.T if task.gradient and tiling.transposed else gradient, sums)
 
 
 def _lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> _Laid:
@@ -168,13 +191,26 @@ def _refined_reciprocal(x: Array) -> Array:
     return estimate * (2.0 - x * estimate)
 
 
-def _stages(task: Task, cut: int, ops: Ops) -> list[Stage]:
-    """Up to one of the loss's cuts and from there on, or in one for a cut of 0."""
+def _stages(task: Task, tiling: TpuTiling, cut: int, ops: Ops, packed: bool) -> list[Stage]:
+    """Up to one of the loss's cuts and from there on, or in one for a cut of 0.
+
+    Statistics are counted in the first stage, which has the labels, and are handed on as partial sums: it also takes a
+    tile that never gets to its end.
+    """
+
+    def count(tile: Operands, valid: Array | None) -> Any:
+        if not task.statistics:
+            return None
+        return jax.tree.map(tiling.partial_sums, task.count(tile, valid, ops, packed))
+
+    def counted(result: Result, counts: Any) -> Result:
+        return result._replace(sums=result.sums._replace(counts=counts)) if task.statistics else result
+
     if cut == 0:
-        return [lambda carry, tile, valid: task.evaluate(tile, valid, ops)]
+        return [lambda carry, tile, valid: counted(task.evaluate(tile, valid, ops), count(tile, valid))]
     return [
-        lambda carry, tile, valid: task.until_cut(cut, tile, valid, ops),
-        lambda carry, tile, valid: task.from_cut(cut, carry, tile, valid, ops),
+        lambda carry, tile, valid: (task.until_cut(cut, tile, valid, ops), count(tile, valid)),
+        lambda carry, tile, valid: counted(task.from_cut(cut, carry[0], tile, valid, ops), carry[1]),
     ]
 
 
@@ -191,18 +227,21 @@ def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
     return Operands(
         logits=of(tiling.group, tiling.chunk, operands.logits.dtype),
         labels=of(tiling.group, tiling.chunk, labels),
+        where=None if operands.where is None else of(tiling.group, tiling.chunk, jnp.bool_),
+        weights=None if operands.weights is None else of(tiling.group, tiling.chunk, jnp.float32),
+        pos_weight=None if operands.pos_weight is None else of(tiling.group, tiling.chunk, jnp.float32),
         negatives=None if operands.negatives is None else of(tiling.group, tiling.chunk, labels),
         vectors=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.vectors),
         scalars=scalars,
     )
 
 
-def _aside(task: Task, cut: int, tile: Operands, ops: Ops) -> list[Any]:
+def _aside(stages: list[Stage], tile: Operands) -> list[Any]:
     """Memory for what the stages hand on, but for the last."""
 
     def hand_on(tile: Operands) -> list[Any]:
-        carry, handed = (), []
-        for stage in _stages(task, cut, ops)[:-1]:
+        carry, handed = None, []
+        for stage in stages[:-1]:
             carry = stage(carry, tile, None)
             handed.append(carry)
         return handed
@@ -235,7 +274,8 @@ def _kernel(
     tiling: TpuTiling,
     ops: Ops,
     shape: tuple[int, int],
-    cut: int,
+    stages: list[Stage],
+    packed: bool,
     inputs: Operands,
     outputs: Result,
     scratch: _Scratch,
@@ -248,7 +288,6 @@ def _kernel(
     if inputs.scalars is not None:
         scalars = inputs.scalars
         inputs = inputs._replace(scalars=tuple(scalars[0, n] for n in range(scalars.shape[1])))
-    stages = _stages(task, cut, ops)
 
     # The bit of the block's first 128 classes: the words are those of a group, which may have several blocks.
     first_bit = 0 if task.labels == "dense" else lax.rem(j * jnp.int32(tiling.classes // LANES), jnp.int32(BITS))
@@ -286,9 +325,8 @@ def _kernel(
         @pl.when(j == 0)
         def _start():
             inputs.map(spread, scratch.spread)
-            for ref in (scratch.sums, scratch.total, scratch.lost):
-                if ref is not None:
-                    ref[...] = jnp.zeros_like(ref)
+            for ref in jax.tree.leaves((scratch.sums, scratch.total, scratch.lost)):
+                ref[...] = jnp.zeros_like(ref)
 
     def rows_of(g):
         return pl.ds(pl.multiple_of(g * group, group), group)
@@ -313,15 +351,19 @@ def _kernel(
     def store(at: Position, result: Result) -> None:
         g, c = at
         part = tiling.lying(rows_of(g), classes_of(c))
-        for ref, tile in zip(task.results(elements=outputs.value, gradient=outputs.gradient), result, strict=True):
+        stored = task.results(elements=outputs.value, gradient=outputs.gradient)
+        for ref, tile in zip(stored[:2], result[:2], strict=True):
             if ref is not None:
                 ref[part] = tile.astype(ref.dtype)
         if task.value == "rows":
             of_rows = tiling.lying(rows_of(g), slice(None))
-            parts = (tiling.lying(slice(None), slice(k, k + tiling.partial)) for k in range(0, chunk, tiling.partial))
-            first, *others = (result.value[part] for part in parts)
-            # Load the accumulator last: loading it first keeps it live and spills.
-            scratch.sums[of_rows] = scratch.sums[of_rows] + sum(others, start=first)
+
+            def add(ref: Any, tile: Array) -> None:
+                partial = tiling.partial_sums(tile)
+                # Load the accumulator last: loading it first keeps it live and spills.
+                ref[of_rows] = ref[of_rows] + partial
+
+            jax.tree.map(add, scratch.sums, _RowSums(result.value, result.sums))
 
     def walk(first: Array, last: Array, valid: Array | None) -> None:
         """All groups of the block, and of each the chunks from the first to before the last."""
@@ -334,12 +376,12 @@ def _kernel(
 
         def advance(tiles: list[Position]) -> None:
             """Takes each tile, the youngest first, through the next of its stages."""
-            carries = [(), *(tuple(ref[...] for ref in refs) for refs in scratch.aside)]
+            carries = [None, *jax.tree.map(lambda ref: ref[...], scratch.aside)]
             found = [stage(carry, tile_at(at), valid) for stage, carry, at in zip(stages, carries, tiles, strict=False)]
             if len(tiles) == len(stages):
                 store(tiles[-1], found.pop())
             for refs, arrays in zip(scratch.aside, found, strict=False):
-                for ref, array in zip(refs, arrays, strict=True):
+                for ref, array in zip(jax.tree.leaves(refs), jax.tree.leaves(arrays), strict=True):
                     ref[...] = array
 
         def in_flight(oldest: Position) -> list[Position]:
@@ -377,15 +419,28 @@ def _kernel(
 
         @pl.when(jnp.logical_or(lax.rem(j, jnp.int32(blocks)) == blocks - 1, at_the_end))
         def _add_to_total():
-            scratch.total[...], scratch.lost[...] = add_exactly(
-                scratch.total[...], scratch.lost[...], scratch.sums[...]
-            )
-            scratch.sums[...] = jnp.zeros_like(scratch.sums)
+            kept = map(jax.tree.leaves, (scratch.total, scratch.lost, scratch.sums))
+            for total, lost, sums in zip(*kept, strict=True):
+                total[...], lost[...] = add_exactly(total[...], lost[...], sums[...])
+                sums[...] = jnp.zeros_like(sums)
 
     if task.value == "rows":
 
         @pl.when(at_the_end)
         def _finish():
-            sums = scratch.sums[...] if scratch.total is None else total_of(scratch.total[...], scratch.lost[...])
-            sums = jnp.sum(sums if tiling.transposed else sums.T, axis=0, keepdims=True)
-            outputs.value[...] = task.row_losses(sums, ops)
+            def of_lane(*refs: Any) -> Array:
+                return refs[0][...] if len(refs) == 1 else total_of(refs[0][...], refs[1][...])
+
+            def of_row(sums: Array) -> Array:
+                return jnp.sum(sums if tiling.transposed else sums.T, axis=0, keepdims=True)
+
+            kept = (scratch.sums,) if scratch.total is None else (scratch.total, scratch.lost)
+            lanes = jax.tree.map(of_lane, *kept)
+            if packed:
+                lanes = lanes._replace(statistics=lanes.statistics._replace(counts=unpacked(lanes.statistics.counts)))
+            losses, statistics = jax.tree.map(of_row, lanes)
+            outputs.value[...] = task.row_losses(losses, ops)
+            if statistics is not None:
+                statistics = task.row_statistics(statistics, ops, inputs)
+                for ref, found in zip(jax.tree.leaves(outputs.sums), jax.tree.leaves(statistics), strict=True):
+                    ref[...] = found

@@ -18,9 +18,10 @@ import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
+from asl_pallas.kernels.sums import PACKED, Counts, Sums
 from asl_pallas.losses.base import ElementwiseLoss
 from asl_pallas.losses.ops import EXACT, Label, Ops
-from asl_pallas.losses.pieces import unless_infinite
+from asl_pallas.losses.pieces import bounded_exp, unless_infinite
 
 # How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
 Form = Literal["dense", "packed", "sparse"]
@@ -82,13 +83,15 @@ ENCODED = ("labels", "negatives")
 
 
 class Result(NamedTuple):
-    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype.
+    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype;
+    sums: `Sums` of (rows,).
 
-    Arrays, or None where the task asks for none.
+    Arrays, or None where the task asks for none. Of a tile all are numbers per element, and counts are left out.
     """
 
     value: Any
     gradient: Any
+    sums: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +105,30 @@ class Task:
     label_smoothing: float = 0.0
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
+    statistics: bool = False
 
-    def results(self, *, sums: Any = None, elements: Any = None, gradient: Any = None) -> Result:
-        """Of what a kernel may give these the ones asked for: rows' sums or elements' losses, and the gradient."""
+    def results(
+        self, *, sums: Any = None, elements: Any = None, gradient: Any = None, statistics: Any = None
+    ) -> Result:
+        """Of what a kernel may give these the ones asked for: sums or elements' losses, the gradient, statistics."""
         value = {"rows": sums, "elements": elements, None: None}[self.value]
-        return Result(value, gradient if self.gradient else None)
+        return Result(value, gradient if self.gradient else None, statistics if self.statistics else None)
+
+    def sums_like(self, tile: Operands, one: Any) -> Any:
+        """`Sums` with `one` in the place of each that the task asks for; of `tile` shapes are enough. None for none."""
+        if not self.statistics:
+            return None
+
+        def both(tile: Operands) -> Any:
+            return self.evaluate(tile).sums._replace(counts=self.count(tile))
+
+        return jax.tree.map(lambda _: one, jax.eval_shape(both, tile))
 
     @property
     def kernel_name(self) -> str:
         """As profilers show it."""
         results = (["value"] if self.value else []) + (["gradient"] if self.gradient else [])
+        results += ["statistics"] if self.statistics else []
         return "asl_pallas_" + "_and_".join(results)
 
     def evaluate(self, tile: Operands, valid: Array | None = None, ops: Ops = EXACT) -> Result:
@@ -128,14 +145,96 @@ class Task:
         x, labels, keep = self._read(tile, valid)
         if self.is_soft(tile.labels.dtype):
             tile = _without_left_out(tile._replace(labels=labels), keep, ops)
-            return self._weighted(self._mixed(loss, x, tile, ops), tile, keep)
+            sides = self._mixed(loss, x, tile, ops)
+            result = self._weighted(jax.tree.map(jnp.add, *sides), tile, keep)
+            of_positives, of_negatives = (self._weighted(side, tile, keep) for side in sides)
+            return self._with_sums(result, of_positives, of_negatives)
         label = self._label_of(labels, tile.negatives)._replace(dtype=x.dtype)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
         if tile.pos_weight is not None:
             weight, positive = tile.pos_weight, loss.relabel(x, label, ops).positive
             result = jax.tree.map(lambda part: part * jnp.where(positive, weight.astype(part.dtype), 1.0), result)
-        return self._weighted(result, tile, keep)
+        slope = result.gradient
+        result = self._weighted(result, tile, keep)
+        if not self.statistics:
+            return result
+        # Once a label is loaded again it is unpacked again.
+        infers = ops.infer_label_from_slope and loss.slope_tells_label
+        positive = slope < 0.0 if infers else label.positive
+        of_positives = jax.tree.map(lambda part: jnp.where(positive, part, jnp.zeros_like(part)), result)
+        return self._with_sums(result, of_positives, signed=self.slopes_are_signed(tile))
+
+    def slopes_are_signed(self, operands: Operands) -> bool:
+        """Whether `Sums` of slopes come with their signs, which tell the sides apart."""
+        weighted = operands.weights is not None or operands.pos_weight is not None
+        return self.loss.slope_tells_label and not weighted and not self.is_soft(operands.labels.dtype)
+
+    def packs_counts(self, operands: Operands, most: int) -> bool:
+        """Whether counts may come `PACKED`, where none of them gets beyond `most` until it is `unpacked`."""
+        floats = jnp.issubdtype(operands.labels.dtype, jnp.floating)
+        return self.statistics and self.loss.probability_margin is not None and not floats and most < PACKED
+
+    def count(self, tile: Operands, valid: Array | None = None, ops: Ops = EXACT, packed: bool = False) -> Counts:
+        """Each element's part of the counts, in the compute dtype; arguments as for `evaluate`.
+
+        What a loss begins with is written as the losses do, so that a compiler finds it there again.
+        """
+        scalars = () if tile.scalars is None else tuple(tile.scalars)
+        margin = self.loss.bind(scalars, tile.vectors).probability_margin
+        x, labels, keep = self._read(tile, valid)
+        one, zero = jnp.ones_like(x), jnp.zeros_like(x)
+        if jnp.issubdtype(labels.dtype, jnp.floating):
+            y = _between_0_and_1(labels).astype(x.dtype)
+            e = bounded_exp(x, ops)
+            right = ops.reciprocal(1.0 + e)
+            p = e * right
+            counts = Counts(
+                annotated=one,
+                positives=y,
+                dropped=None if margin is None else jnp.where(p <= margin, 1.0 - y, zero),
+                wrong=y * right + (1.0 - y) * p,
+                wrong_of_positives=y * right,
+            )
+        else:
+            label = self._label_of(labels, tile.negatives)
+            e = bounded_exp(ops.negate(jnp.asarray(label.positive), x), ops)
+            wrong = e * ops.reciprocal(1.0 + e)
+            dropped: Any = None
+            if margin is not None:
+                dropped = jnp.where(wrong <= margin, float(PACKED) if packed else one, zero)
+            counts = Counts(
+                annotated=one,
+                positives=jnp.where(label.positive, one, dropped if packed else zero),
+                dropped=None if dropped is None or packed else jnp.where(label.positive, zero, dropped),
+                wrong=wrong,
+                wrong_of_positives=jnp.where(label.positive, wrong, zero),
+            )
+            if label.unannotated is not False:
+                annotated = jnp.logical_not(label.unannotated)
+                keep = annotated if keep is None else jnp.logical_and(keep, annotated)
+        if not self._leaves_out(tile):
+            counts = counts._replace(annotated=None)
+        return counts if keep is None else jax.tree.map(lambda part: jnp.where(keep, part, zero), counts)
+
+    def _leaves_out(self, tile: Operands) -> bool:
+        """Whether an element may be masked, or not be annotated."""
+        ignores = self.ignore_label is not None and tile.labels.dtype != jnp.bool_
+        third = tile.negatives is not None or (self.loss.third_state is not None and tile.labels.dtype != jnp.bool_)
+        return tile.where is not None or ignores or third
+
+    def _with_sums(
+        self, result: Result, of_positives: Result, of_negatives: Result | None = None, signed: bool = False
+    ) -> Result:
+        """The result as it is asked for, with what it and its positives' share add up to."""
+        if not self.statistics:
+            return result
+        size: Callable[[Array], Array] = (lambda slope: slope) if signed else jnp.abs
+        slopes_of_positives, slopes = size(of_positives.gradient), size(result.gradient)
+        if of_negatives is not None:
+            slopes = slopes_of_positives + jnp.abs(of_negatives.gradient)
+        sums = Sums(None, of_positives.value, slopes, slopes_of_positives)
+        return Result(result.value, result.gradient if self.gradient else None, sums)
 
     def cuts(self, tile: Operands, ops: Ops = EXACT) -> int:
         """How many places the loss has where a kernel may go over to another tile; of `tile` shapes are enough."""
@@ -185,10 +284,18 @@ class Task:
         """The losses per row from sums of elements that may not be `Ops.signed_per_element`."""
         if ops.signed_per_element:
             return sums
-        sums = sums * self.loss.sign(self.gradient)
+        sums = sums * self.loss.sign(self.gradient or self.statistics)
         if not self.loss.non_negative:
             return sums
         return jnp.where(sums <= 0.0, 0.0, sums)  # a NaN stays one, and a zero is no negative one
+
+    def row_statistics(self, sums: Sums, ops: Ops, operands: Operands) -> Sums:
+        """`Sums` of rows from those of elements, for the losses as `row_losses`."""
+        slopes, of_positives = sums.slopes, sums.slopes_of_positives
+        if self.slopes_are_signed(operands):
+            slopes, of_positives = slopes - 2.0 * of_positives, 0.0 - of_positives
+        losses = self.row_losses(sums.losses_of_positives, ops)
+        return Sums(sums.counts, losses, slopes, of_positives)
 
     def _label_of(self, labels: Array, negatives: Array | None) -> Label:
         """Of hard labels, and of soft ones that aren't mixed."""
@@ -205,13 +312,13 @@ class Task:
         return Label(jnp.logical_and(positive, labels == 1) if third > 0 else positive, unannotated)
 
     def _of_loss(self, loss: ElementwiseLoss, x: Array, label: Label, ops: Ops) -> Result:
-        if not self.gradient:
+        if not (self.gradient or self.statistics):
             return Result(loss.value(x, label, ops), None)
         value, gradient = loss.value_and_slope(x, label, ops)
         return Result(None if self.value is None else value, gradient)
 
-    def _mixed(self, loss: ElementwiseLoss, x: Array, tile: Operands, ops: Ops) -> Result:
-        """Both sides, weighted by the label."""
+    def _mixed(self, loss: ElementwiseLoss, x: Array, tile: Operands, ops: Ops) -> tuple[Result, Result]:
+        """Both sides, each weighted by the label: what they are added up from."""
         labels = tile.labels
         y = _is_positive(labels)
         if jnp.issubdtype(labels.dtype, jnp.floating):
@@ -221,7 +328,7 @@ class Task:
         )
         taken_for_positive = loss.relabel(x, Label(False), ops).positive
 
-        def mix(yes: Array, no: Array) -> Array:
+        def mix(yes: Array, no: Array) -> tuple[Array, Array]:
             y_plus = y.astype(yes.dtype)
             if self.label_smoothing:
                 y_plus = y_plus * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
@@ -234,9 +341,10 @@ class Task:
                 yes = unless_infinite(y_plus, weight) * yes
                 if taken_for_positive is not False:
                     no = jnp.where(taken_for_positive, unless_infinite(y_minus, weight), 1.0) * no
-            return y_plus * yes + y_minus * no
+            return y_plus * yes, y_minus * no
 
-        return jax.tree.map(mix, of_positive, of_negative)
+        mixed = [None if yes is None else mix(yes, no) for yes, no in zip(of_positive, of_negative, strict=True)]
+        return tuple(Result(*(None if part is None else part[side] for part in mixed)) for side in (0, 1))  # type: ignore[return-value]
 
     def _read(self, tile: Operands, valid: Array | None) -> tuple[Array, Array, Array | None]:
         """Logits in the compute dtype, labels that can be compared, and which elements count, None for all."""
@@ -255,7 +363,7 @@ class Task:
         return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
 
     def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
-        value, gradient = result
+        value, gradient, _ = result
         if tile.weights is not None:
             weights = tile.weights.astype(compute_dtype(tile.logits.dtype))
             value = None if value is None else value * weights

@@ -145,6 +145,14 @@ class TpuTiling:
         """How many sums a row has until its end, as many as a register has places along the classes."""
         return SUBLANES if self.transposed else LANES
 
+    def partial_sums(self, tile: Any) -> Any:
+        """Of a tile, or what they are already."""
+        width = tile.shape[self.classes_axis]
+        first, *others = (
+            tile[self.lying(slice(None), slice(k, k + self.partial))] for k in range(0, width, self.partial)
+        )
+        return sum(others, start=first)
+
 
 def tpu_refines() -> bool:
     """Whether the TPU's estimate of a reciprocal needs a Newton step: before v6e, and where the chip isn't known."""
@@ -233,7 +241,9 @@ def _tpu_tiles(registers: int, task: Task) -> list[tuple[int, int]]:
     chunks = [LANES * n for n in range(1, registers + 1)]
     if task.labels != "dense":
         chunks = [chunk for chunk in chunks if GROUP % chunk == 0]  # of a group of words none is left over
-    return [(group, chunk) for chunk in chunks for group in range(_TPU_GROUP, SUBLANES * registers + 1, _TPU_GROUP)]
+    # Each of a group's sums is loaded and stored once a tile: of statistics there are so many that few groups pay.
+    most = _TPU_GROUP if task.statistics else SUBLANES * registers
+    return [(group, chunk) for chunk in chunks for group in range(_TPU_GROUP, most + 1, _TPU_GROUP)]
 
 
 def _tpu_transposed_tiles(classes: int, registers: int) -> list[tuple[int, int]]:

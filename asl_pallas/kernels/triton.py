@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
+from asl_pallas.kernels.sums import unpacked
 from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
@@ -77,6 +78,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     dtype = compute_dtype(operands.logits.dtype)
     ops = dataclasses.replace(EXACT if interpret else _GPU, signed_per_element=task.needs_elements(operands))
     whole = _stores_whole_vectors(task, operands)
+    packed = task.packs_counts(operands, tiling.span // tiling.chunk)
 
     if task.labels == "sparse":
 
@@ -94,13 +96,15 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return array if name in ENCODED and task.labels != "dense" else array.reshape(flattened(array.shape))
 
     of_elements = flattened((rows, classes))
+    of_spans = result_like(operands.logits, (rows, spans), dtype)
     results = task.results(
-        sums=result_like(operands.logits, (rows, spans), dtype),
+        sums=of_spans,
         elements=result_like(operands.logits, of_elements, dtype),
         gradient=result_like(operands.logits, of_elements, operands.logits.dtype),
+        statistics=task.sums_like(_shapes(operands, task), of_spans),
     )
-    ((value, gradient),) = pl.pallas_call(
-        functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, ops),
+    ((value, gradient, sums),) = pl.pallas_call(
+        functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, packed, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[results],
         compiler_params=plgpu.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
@@ -110,10 +114,26 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         name=task.kernel_name,
     )(operands.map(in_memory))
     if task.value == "rows":
-        value = task.row_losses(jnp.sum(value, axis=1), ops)
+        value, sums = jax.tree.map(lambda of_spans: jnp.sum(of_spans, axis=1), (value, sums))
+        value = task.row_losses(value, ops)
+        sums = None if sums is None else task.row_statistics(sums, ops, operands)
     elif task.value is not None:
         value = value.reshape(rows, classes)
-    return Result(value, gradient.reshape(rows, classes) if task.gradient else None)
+    return Result(value, gradient.reshape(rows, classes) if task.gradient else None, sums)
+
+
+def _shapes(operands: Operands, task: Task) -> Operands:
+    """Of a tile, as far as statistics depend on them."""
+    shape = operands.logits.shape
+
+    def of(name: str, array: Array) -> jax.ShapeDtypeStruct:
+        is_encoded = name in ENCODED and task.labels != "dense"
+        return jax.ShapeDtypeStruct(shape, bool) if is_encoded else jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    tile = operands.map(of)
+    if operands.scalars is None:
+        return tile
+    return tile._replace(scalars=(jax.ShapeDtypeStruct((), operands.scalars.dtype),) * operands.scalars.size)
 
 
 def _is_flat(rows: int, classes: int, tile: Callable[[int, int], TritonTiling]) -> bool:
@@ -152,6 +172,7 @@ def _kernel(
     shape: tuple[int, int],
     flat: bool,
     whole: bool,
+    packed: bool,
     ops: Ops,
     inputs: Operands,
     outputs: Result,
@@ -219,14 +240,23 @@ def _kernel(
             return plgpu.load(ref.at[index], mask=mask, other=other)
 
         neighbours = edge and flat and whole
-        result = task.evaluate(inputs.map(load), None if neighbours else class_exists, ops)
-        for ref, tile in zip(task.results(elements=outputs.value, gradient=outputs.gradient), result, strict=True):
+        loaded, valid = inputs.map(load), None if neighbours else class_exists
+        result = task.evaluate(loaded, valid, ops)
+        stored = task.results(elements=outputs.value, gradient=outputs.gradient)
+        for ref, tile in zip(stored[:2], result[:2], strict=True):
             if ref is not None:
                 index, mask = place(ref, stored=True)
                 plgpu.store(ref.at[index], tile.astype(ref.dtype), mask=mask)
         if task.value != "rows":
             return partial
-        return partial + (jnp.where(class_exists, result.value, 0.0) if neighbours else result.value)
+
+        def add(partial: Array, tile: Array) -> Array:
+            return partial + (jnp.where(class_exists, tile, 0.0) if neighbours else tile)
+
+        sums = result.sums
+        if task.statistics:
+            sums = sums._replace(counts=task.count(loaded, valid, ops, packed))
+        return jax.tree.map(add, partial, (result.value, sums))
 
     # A row's chunks have an edge in them from `end` on and, of a flat row, the first one, and none between.
     total = pl.cdiv(_width(classes, flat), tiling.chunk)
@@ -238,7 +268,11 @@ def _kernel(
 
     chunks = tiling.span // tiling.chunk
     first, last = j * chunks, jnp.minimum((j + 1) * chunks, total)
-    partial = jnp.zeros((tiling.rows, tiling.chunk) if task.value == "rows" else (), jnp.float32)
+    of_rows = outputs.value if task.value == "rows" else None, outputs.sums
+    kept = of_rows
+    if packed:
+        kept = outputs.value, outputs.sums._replace(counts=outputs.sums.counts._replace(dropped=None))
+    partial = jax.tree.map(lambda _: jnp.zeros((tiling.rows, tiling.chunk), jnp.float32), kept)
     if begin < end:
         inner = jnp.maximum(first, begin), jnp.minimum(last, end)
         partial = lax.fori_loop(*inner, lambda c, p: chunk(c, p, edge=False), partial)
@@ -247,9 +281,11 @@ def _kernel(
         partial = lax.fori_loop(
             *edges, lambda e, p: chunk(jnp.where(e < begin, e, e - begin + end), p, edge=True), partial
         )
-    if task.value == "rows":
-        index = (at_rows, pl.ds(j, 1))
-        plgpu.store(outputs.value.at[index], jnp.sum(partial, axis=1, keepdims=True), mask=row_exists)
+    if packed:
+        losses, sums = partial
+        partial = losses, sums._replace(counts=unpacked(sums.counts))
+    for ref, sums in zip(jax.tree.leaves(of_rows), jax.tree.leaves(partial), strict=True):
+        plgpu.store(ref.at[at_rows, pl.ds(j, 1)], jnp.sum(sums, axis=1, keepdims=True), mask=row_exists)
 
 
 def _all(*masks: Any) -> Any:

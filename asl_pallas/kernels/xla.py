@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -24,12 +25,15 @@ def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     classes = operands.logits.shape[-1]
     operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
-    value, gradient = task.evaluate(operands, ops=ops)
+    value, gradient, sums = task.evaluate(operands, ops=ops)
+    if task.statistics:
+        sums = sums._replace(counts=task.count(operands, ops=ops))
+        sums = lax.stop_gradient(task.row_statistics(sums, dataclasses.replace(ops, signed_per_element=True), operands))
     if task.value == "rows":
-        value = sum_over(value, (value.ndim - 1,))
+        value, sums = jax.tree.map(lambda part: sum_over(part, (part.ndim - 1,)), (value, sums))
     if task.gradient:
         gradient = gradient.astype(operands.logits.dtype)
-    return Result(value, gradient)
+    return Result(value, gradient, sums)
 
 
 def run_streamed(task: Task, operands: Operands) -> Result:
@@ -48,7 +52,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         task = dataclasses.replace(task, labels="packed")
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
-    if tiling is None or (one_result and not packed):
+    if tiling is None or (one_result and not packed) or task.statistics:
         return run(task, operands, CPU)
     value, gradient = None, None
     if task.value is not None:

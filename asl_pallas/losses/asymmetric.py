@@ -53,6 +53,7 @@ class AsymmetricLoss(ElementwiseLoss):
     stop_focus_gradient: bool = False
 
     non_negative: ClassVar[bool] = True
+    slope_tells_label: ClassVar[bool] = True
 
     def value_and_slope(self, logit: Array, label: Label, ops: Ops = EXACT) -> tuple[Array, Array]:
         """From u, the logit of the wrong answer."""
@@ -112,6 +113,10 @@ class AsymmetricLoss(ElementwiseLoss):
             loss = ops.minimum(loss, 0.0)
         value = loss * constant_if(self.stop_focus_gradient, self._power(m, positive), ops)
         return 0.0 - value if ops.signed_per_element else value
+
+    @property
+    def probability_margin(self) -> Any:
+        return self.clip if has_margin(self.clip) else None
 
     def sign(self, gradient: bool) -> float:
         return 1.0 if gradient else -1.0

@@ -77,12 +77,14 @@ class ElementwiseLoss:
       states: 2, positive and negative; 3, not annotated too: integer labels that are `unannotated_label`.
       mixes_soft_labels: the loss of a soft label y is y L+ + (1 - y) L-; otherwise `value` sees y as `Label.target`.
       non_negative: the loss is never below 0, so that a sum that rounding took below 0 counts as 0.
+      slope_tells_label: no positive has a slope above 0 and no negative one below, and where it is 0 the loss is too.
       allows_approximate_math: the loss stays exact enough where exp and log err by 2^-22.
     """
 
     states: ClassVar[int] = 2
     mixes_soft_labels: ClassVar[bool] = True
     non_negative: ClassVar[bool] = False
+    slope_tells_label: ClassVar[bool] = False
 
     @property
     def third_state(self) -> int | None:
@@ -110,6 +112,11 @@ class ElementwiseLoss:
     def relabel(self, logit: Array, label: Label, ops: Ops = EXACT) -> Label:
         """What the loss takes elements for: pos_weight multiplies those that it takes for positives."""
         return label
+
+    @property
+    def probability_margin(self) -> Any:
+        """The probability up to which a negative has neither loss nor slope; None where there is none such."""
+        return None
 
     def sign(self, gradient: bool) -> float:
         """What a sum of values has to be multiplied by where they aren't `Ops.signed_per_element`.

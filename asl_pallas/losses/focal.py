@@ -22,6 +22,7 @@ class BinaryCrossEntropy(ElementwiseLoss):
     """
 
     non_negative: ClassVar[bool] = True
+    slope_tells_label: ClassVar[bool] = True
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         return _CROSS_ENTROPY.value(logit, label, ops)
@@ -58,6 +59,7 @@ class FocalLoss(ElementwiseLoss):
     alpha: Hyperparameter | None = hyperparameter(None, least=0.0, most=1.0)
 
     non_negative: ClassVar[bool] = True
+    slope_tells_label: ClassVar[bool] = True
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         infinity = math.inf if ops.signed_per_element else -math.inf

@@ -10,7 +10,16 @@ from jax import Array
 
 from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
 from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
-from asl_pallas.losses.pieces import constant_if, derived_power, is_focused, surprise, to_the, unbounded, wrong_answer
+from asl_pallas.losses.pieces import (
+    constant_if,
+    derived_power,
+    has_margin,
+    is_focused,
+    surprise,
+    to_the,
+    unbounded,
+    wrong_answer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +57,10 @@ class AsymmetricPolynomialLoss(ElementwiseLoss):
         """What is taken from a coefficient of the series leaves it at or above 0."""
         known = all(map(is_static, (self.epsilon_pos, self.epsilon_pos_2, self.epsilon_neg)))
         return known and self.epsilon_pos <= 1 and self.epsilon_pos_2 <= 1 and self.epsilon_neg <= 0
+
+    @property
+    def probability_margin(self) -> Any:
+        return self.clip if has_margin(self.clip) else None
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, _, _, m, over = wrong_answer(logit, label, self.clip, ops)

@@ -11,7 +11,16 @@ from jax import Array
 
 from asl_pallas.losses.base import ElementwiseLoss, hyperparameter
 from asl_pallas.losses.ops import EXACT, Hyperparameter, Label, Ops, is_static
-from asl_pallas.losses.pieces import constant_if, derived_power, is_focused, surprise, to_the, unbounded, wrong_answer
+from asl_pallas.losses.pieces import (
+    constant_if,
+    derived_power,
+    has_margin,
+    is_focused,
+    surprise,
+    to_the,
+    unbounded,
+    wrong_answer,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +73,10 @@ class SelectiveLoss(ElementwiseLoss):
 
     states: ClassVar[int] = 3
     non_negative: ClassVar[bool] = True
+
+    @property
+    def probability_margin(self) -> Any:
+        return self.clip if has_margin(self.clip) else None
 
     def value(self, logit: Array, label: Label, ops: Ops = EXACT) -> Array:
         u, wrong, _, m, over = wrong_answer(logit, label, self.clip, ops)
