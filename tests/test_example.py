@@ -24,7 +24,8 @@ import programs  # noqa: E402
 import train_phenotypes  # noqa: E402
 from tiny_problem import tiny_problem  # noqa: E402
 
-from phenotypes import data, groups, interruption, metrics, report, settings, training  # noqa: E402
+from asl_pallas import Statistics  # noqa: E402
+from phenotypes import data, groups, interruption, metrics, settings, training  # noqa: E402
 from phenotypes.linen_classifier import LinenTrainer  # noqa: E402
 from phenotypes.nnx_classifier import NNXTrainer  # noqa: E402
 
@@ -183,6 +184,27 @@ def test_precision_at_k_is_scikit_learns_precision_of_the_k_highest():
         assert metrics.precision_at(k, scores, labels) == pytest.approx(expected)
 
 
+def test_the_best_threshold_is_that_of_every_threshold_tried():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((40, 30)) < 0.1).astype(np.int8)
+    scores = rng.normal(size=labels.shape) + 2 * labels
+    found = metrics.micro_f1(scores, labels, metrics.best_threshold(scores, labels))
+    every = [sklearn.metrics.f1_score(labels.ravel(), scores.ravel() >= t) for t in np.unique(scores)]
+    assert found == pytest.approx(max(every), abs=0.003)
+
+
+def test_calibration_error_of_what_is_calibrated_and_of_what_isnt():
+    rng = np.random.default_rng(0)
+    p = rng.random((400, 500))
+    labels = (rng.random(p.shape) < p).astype(np.int8)
+    assert metrics.reliability(p, labels).error < 0.01
+    assert metrics.reliability(np.sqrt(p), labels).error == pytest.approx(np.mean(np.sqrt(p) - p), abs=0.01)
+    of_bins = metrics.reliability(np.array([0.05, 0.05, 0.95]), np.array([0, 1, 1]))
+    np.testing.assert_allclose(of_bins.predicted, [0.05, 0.95])
+    np.testing.assert_allclose(of_bins.observed, [0.5, 1])
+    assert of_bins.error == pytest.approx((2 * 0.45 + 0.05) / 3)
+
+
 def test_macro_average_precision_leaves_out_labels_without_positives():
     rng = np.random.default_rng(0)
     scores, labels = rng.normal(size=(17, 6)), (rng.random((17, 6)) < 0.4).astype(np.int8)
@@ -236,7 +258,7 @@ def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
     losses = []
     for step in range(6):
         key = jax.random.key(step)
-        losses.append([float(trainer.step(ids, labels, key, focus)) for trainer in (ours, theirs)])
+        losses.append([float(trainer.step(ids, labels, key, focus).loss) for trainer in (ours, theirs)])
     losses = np.array(losses)
     np.testing.assert_allclose(losses[:, 0], losses[:, 1], rtol=1e-5)
     assert losses[-1, 0] < losses[0, 0]  # the parameters moved, so more than the first loss was compared
@@ -279,28 +301,13 @@ def test_heads_and_forms_of_labels_have_equal_learning_curves():
         np.testing.assert_allclose(last, logits[0], rtol=1e-4, atol=1e-3)
 
 
-def point(precision):
-    return training.Point(epoch=1.0, train_loss=1.0, precision_at_5=precision, micro_average_precision=0.1)
-
-
-def test_validation_chooses_among_the_asymmetric_runs_that_are_complete():
-    def run(focus, precision, complete=True):
-        return training.Run(focus, None, [point(precision)], complete, 1.0)
-
-    low, high = run(settings.asl(1, 0, 0), 0.2), run(settings.asl(2, 0, 0), 0.3)
-    cut = run(settings.asl(4, 0, 0), 0.4, complete=False)
-    assert report.chosen_on_validation([run(settings.bce(), 0.9), low, high, cut]) is high
-    assert report.chosen_on_validation([cut]) is cut
-    assert report.chosen_on_validation([run(settings.bce(), 0.9)]) is None
-
-
 def test_a_loss_that_is_nan_stops_the_run_and_names_the_learning_rate(diseases):
     class Diverging:
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **options):
             pass
 
-        def step(self, ids, labels, dropout_key, focus):
-            return np.float32(np.nan)
+        def step(self, ids, labels, dropout_key, focus, counted):
+            return training.Step(np.float32(np.nan), Statistics(*[np.float32(1)] * 9))
 
         def logits(self, ids):
             return np.zeros((len(ids), sizes.labels), np.float32)
@@ -340,7 +347,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_names_the_learning_rate(diseases):
         (["--head", "fused", "--mesh", "data=2"], "--head fused: for one device; --mesh takes --head dense alone"),
         (["--labels", "packed", "--processes", "2"], "--labels packed: for one device; --processes takes --labels"),
         (["--loss", "hinge"], "--loss: invalid choice: 'hinge'"),
-        (["--loss", "bce", "--gamma-neg", "2"], "--gamma-neg: for --loss asl or all"),
+        (["--loss", "bce", "--gamma-neg", "2"], "--gamma-neg: for --loss asl, adaptive or all"),
     ],
 )
 def test_a_bad_flag_exits_with_2_and_says_what_is_allowed(arguments, message, capsys):
@@ -350,15 +357,16 @@ def test_a_bad_flag_exits_with_2_and_says_what_is_allowed(arguments, message, ca
     assert message in capsys.readouterr().err
 
 
-def test_a_given_setting_takes_the_place_of_the_search(tmp_path):
-    options = train_phenotypes.command_line(["--gamma-neg", "3", "--output", str(tmp_path / "a.png")])
-    assert settings.to_train(options) == [settings.bce(), settings.focal(2.0), settings.asl(3.0, 1.0, 0.05)]
-    options = train_phenotypes.command_line(["--loss", "asl", "--output", str(tmp_path / "a.png")])
-    assert settings.to_train(options) == list(settings.ASL_LADDER)
+def test_the_losses_that_the_command_line_asks_for(tmp_path):
+    output = ["--output", str(tmp_path / "a.png")]
+    options = train_phenotypes.command_line(["--gamma-neg", "3", "--target-gap", "-0.1", *output])
+    asl = settings.asl(3.0, 1.0, 0.05)
+    assert settings.to_train(options) == [settings.bce(), settings.focal(2.0), asl, settings.adaptive(asl, -0.1)]
+    assert settings.to_train(train_phenotypes.command_line(["--loss", "asl", *output])) == [settings.ASL_DEFAULT]
 
 
 def start(*arguments):
-    return programs.example("train_phenotypes.py", *arguments)
+    return programs.example("train_phenotypes.py", "--seeds", 1, *arguments)
 
 
 @pytest.mark.long
@@ -378,14 +386,15 @@ def test_the_script_trains_and_leaves_tables_and_a_picture(tmp_path, flags):
     assert process.returncode == 0, errors
     assert not errors
     assert "\x1b" not in out and "\r" not in out  # a log, not a terminal
-    rows = ["ASL (2, 1, 0.05)"] if flags else ["BCE (0, 0, 0)", "focal (2, 2, 0)", "ASL (4, 1, 0.05), the paper's"]
+    asl = ["ASL (2, 1, 0.05)"] if flags else ["ASL (4, 1, 0.05)", "ASL (adaptive, 1, 0.05)"]
+    rows = asl if flags else ["BCE (0, 0, 0)", "focal (2, 2, 0)", *asl]
     test_table = out[out.index("Test: ") :]
     for row in ("popularity", "TF-IDF, 10-NN", *rows):
-        figures = re.search(
-            rf"^ *{re.escape(row)}[^\d]*((?:[01]\.\d{{3}} +){{4}}\d+\.\d\d) *$", test_table, re.MULTILINE
+        of_a_model = (
+            r"- +- +- *" if row in ("popularity", "TF-IDF, 10-NN") else r"[01]\.\d+ +[01]\.\d{4} +[01]\.\d{4} *"
         )
-        assert figures, f"{row} in\n{test_table}"
-    assert len(re.findall("chosen", test_table)) == (0 if flags else 1)  # one setting is no choice
+        figures = r"(?:[01]\.\d{3} +){4}" + of_a_model
+        assert re.search(rf"^ *{re.escape(row)} +{figures}$", test_table, re.MULTILINE), f"{row} in\n{test_table}"
     official, ours = map(float, re.search(r"32 x 11,272 +([\d.]+) MiB +([\d.]+) MiB", out).groups())
     assert ours < official / 4
     assert picture.read_bytes().startswith(PNG_SIGNATURE)

@@ -50,9 +50,10 @@ def train(trainer, layout=None, stop=None, epochs=1, after_a_step=lambda: None):
 
     class Recording(TRAINERS[trainer]):
         def step(self, *arguments):
-            losses.append(super().step(*arguments))
+            step = super().step(*arguments)
+            losses.append(step.loss)
             after_a_step()
-            return losses[-1]
+            return step
 
     console = rich.console.Console(file=io.StringIO())
     stop = stop or interruption.Interruption()
@@ -133,7 +134,7 @@ def take_part(arguments, trainer, out, epochs):
 
 
 def script(*arguments):
-    return programs.example("train_phenotypes.py", *arguments)
+    return programs.example("train_phenotypes.py", "--seeds", 1, *arguments)
 
 
 def cluster_of(processes, start):

@@ -34,7 +34,7 @@ import rich.console
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from phenotypes.training import Point, Position, Trainer
+from phenotypes.training import Point, Position, Told, Trainer
 
 # These don't decide the weights. The mesh does, in the last bits.
 _NOT_SETTINGS = (
@@ -227,6 +227,7 @@ class RunKeeper:
         trainer.state = jax.tree.unflatten(jax.tree.structure(trainer.state), [arrays[name] for name in fresh])
         position = Position(**session["position"])
         position.curve = [Point(**point) for point in session["position"]["curve"]]
+        position.told = [Told(*numbers) for numbers in session["position"]["told"]]
         return position
 
 

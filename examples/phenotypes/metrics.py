@@ -8,12 +8,21 @@ import sklearn.metrics
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Metrics between 0 and 1, higher is better."""
+    """Metrics between 0 and 1. Of rankings, higher is better.
+
+    Attributes:
+      f1: micro F1 at the threshold that is best on other examples; None of a ranking alone, as the next two.
+      sigmoid_error, link_error: the expected calibration error of the scores' sigmoid, and of the probability that they
+        stand for by the loss's link. Lower is better.
+    """
 
     precision_at_1: float
     precision_at_5: float
     micro_average_precision: float
     macro_average_precision: float
+    f1: float | None = None
+    sigmoid_error: float | None = None
+    link_error: float | None = None
 
 
 def precision_at(k: int, scores: np.ndarray, labels: np.ndarray) -> float:
@@ -42,8 +51,55 @@ def macro_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     return float(sklearn.metrics.average_precision_score(labels, scores, average="macro"))
 
 
+def best_threshold(scores: np.ndarray, labels: np.ndarray, bins: int = 4096) -> float:
+    """The score from which on to call a label present for the highest micro F1, to a bin's width.
+
+    scikit-learn's precision_recall_curve would sort every pair for it.
+    """
+    edges = np.linspace(scores.min(), scores.max(), bins + 1)
+    of_positives, _ = np.histogram(scores[labels > 0], edges)
+    of_all, _ = np.histogram(scores, edges)
+    true, called = (np.cumsum(counts[::-1])[::-1] for counts in (of_positives, of_all))
+    return float(edges[np.argmax(2 * true / (called + true[0]))])
+
+
+def micro_f1(scores: np.ndarray, labels: np.ndarray, threshold: float) -> float:
+    """Of all (disease, label) pairs with these scores or more."""
+    called = scores >= threshold
+    return float(2 * np.count_nonzero(called & (labels > 0)) / (called.sum() + np.count_nonzero(labels)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """Of the pairs in each bin: the mean of the predicted probabilities, the share of positives, and how many."""
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    pairs: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error: the mean distance of both over all pairs, bin by bin."""
+        distance = np.abs(self.predicted - self.observed)
+        return float(np.sum(distance * self.pairs) / np.sum(self.pairs))
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, edges: np.ndarray | None = None) -> Reliability:
+    """By bins of the predicted probability: 15 of one width, as in most papers, or other ones. Empty bins are left out.
+
+    Reference: Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks, ICML 2017, equation (3).
+    """
+    edges = np.linspace(0, 1, 16) if edges is None else edges
+    bins = np.clip(np.searchsorted(edges, probabilities.ravel(), side="right") - 1, 0, len(edges) - 2)
+    pairs, predicted, positives = (
+        np.bincount(bins, weights, len(edges) - 1) for weights in (None, probabilities.ravel(), labels.ravel())
+    )
+    there = pairs > 0
+    return Reliability(predicted[there] / pairs[there], positives[there] / pairs[there], pairs[there])
+
+
 def evaluate(scores: np.ndarray, labels: np.ndarray) -> Scores:
-    """All four metrics of scores (rows, labels) against 0/1 labels of the same shape."""
+    """Metrics of the ranking that scores (rows, labels) give, against 0/1 labels of the same shape."""
     return Scores(
         precision_at_1=precision_at(1, scores, labels),
         precision_at_5=precision_at(5, scores, labels),

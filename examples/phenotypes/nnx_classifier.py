@@ -1,5 +1,6 @@
 """The classifier in Flax NNX, and its train step: where the loss is called."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,12 +10,12 @@ import optax
 from flax import nnx
 from jax.typing import ArrayLike
 
-from asl_pallas import AsymmetricLoss, multilabel_loss
+from asl_pallas import AdaptiveAsymmetry, AsymmetricLoss, AsymmetryState, Statistics, multilabel_loss
 from asl_pallas.flax import MultilabelHead
 from phenotypes.data import PADDING
 from phenotypes.layout import LOGITS, Layout, in_sight
 from phenotypes.settings import Focus, Sizes
-from phenotypes.training import Labels
+from phenotypes.training import Labels, Step
 
 
 class Classifier(nnx.Module):
@@ -49,37 +50,52 @@ class Classifier(nnx.Module):
         return self.dropout(hidden, deterministic=dropout_key is None, rngs=dropout_key)
 
     def loss(
-        self, loss: AsymmetricLoss, ids: jax.Array, labels: Labels, dropout_key: jax.Array, **options: Any
-    ) -> jax.Array:
-        """Summed over the labels, averaged over the batch; the options are multilabel_loss's."""
+        self,
+        loss: AsymmetricLoss,
+        ids: jax.Array,
+        labels: Labels,
+        dropout_key: jax.Array,
+        counted: bool,
+        **options: Any,
+    ) -> tuple[jax.Array, Statistics | None]:
+        """Summed over the labels, averaged over the batch, and statistics; the options are multilabel_loss's."""
         features = self.features(ids, dropout_key)
         if isinstance(self.head, MultilabelHead):
             # The total comes with its gradients in one pass over the labels, a mean of the diseases' losses in two.
-            return self.head.loss(features, labels, loss=loss, axis=None, **options) / len(ids)
-        return multilabel_loss(loss, self.head(features), labels, **options).mean()
+            found = self.head.loss(features, labels, loss=loss, axis=None, statistics=counted, **options)
+            total, statistics = found if counted else (found, None)
+            return total / len(ids), statistics
+        found = multilabel_loss(loss, self.head(features), labels, statistics=counted, **options)
+        losses, by_disease = found if counted else (found, None)
+        return losses.mean(), None if by_disease is None else by_disease.total()
 
 
-@nnx.jit(static_argnames=("focus", "layout"), donate_argnames=("model", "optimizer"))
+@nnx.jit(static_argnames=("focus", "layout", "counted"), donate_argnames=("model", "optimizer"))
 def train_step(
     model: Classifier,
     optimizer: nnx.Optimizer,
     ids: jax.Array,
     labels: Labels,
     dropout_key: jax.Array,
+    asymmetry: AsymmetryState | None,
     focus: Focus,
     layout: Layout | None,
-) -> jax.Array:
-    """Updates model and optimizer in place and returns the loss: summed over the labels, averaged over the batch."""
+    counted: bool,
+) -> Step:
+    """Updates model and optimizer in place; the loss is summed over the labels, averaged over the batch."""
+    loss = focus.loss if asymmetry is None else dataclasses.replace(focus.loss, gamma_neg=asymmetry.gamma_neg)
 
-    def batch_loss(model: Classifier) -> jax.Array:
+    def batch_loss(model: Classifier) -> tuple[jax.Array, Statistics | None]:
         options = {} if layout is None else {"logits_spec": LOGITS}
-        return model.loss(focus.loss, ids, labels, dropout_key, **options)
+        return model.loss(loss, ids, labels, dropout_key, counted, **options)
 
-    loss, gradients = nnx.value_and_grad(batch_loss)(model)
+    (value, statistics), gradients = nnx.value_and_grad(batch_loss, has_aux=True)(model)
     optimizer.update(model, gradients)
     if layout is not None:
         nnx.update((model, optimizer), layout.kept(nnx.state((model, optimizer))))
-    return loss
+    if asymmetry is not None and focus.controller is not None and statistics is not None:
+        asymmetry = focus.controller.update(asymmetry, statistics.probability_gap)
+    return Step(value, statistics, asymmetry)
 
 
 @nnx.jit(static_argnames="layout")
@@ -97,26 +113,31 @@ class NNXTrainer:
         optimizer: optax.GradientTransformation,
         seed: int,
         layout: Layout | None = None,
+        controller: AdaptiveAsymmetry | None = None,
     ):
         self.model = Classifier(sizes, bias, rngs=nnx.Rngs(seed))
         self.optimizer = nnx.Optimizer(self.model, optimizer, wrt=nnx.Param)
+        self.asymmetry = None if controller is None else controller.init()
         self.layout = layout
         if layout is not None:
             self.state = layout.state(self.state)
 
     @property
     def state(self) -> Any:
-        """Parameters and the optimizer's arrays, for a checkpoint."""
-        return nnx.state((self.model, self.optimizer))
+        """Parameters, the optimizer's arrays and the controller's, for a checkpoint."""
+        return nnx.state((self.model, self.optimizer)), self.asymmetry
 
     @state.setter
     def state(self, state: Any) -> None:
-        nnx.update((self.model, self.optimizer), state)
+        weights, self.asymmetry = state
+        nnx.update((self.model, self.optimizer), weights)
 
-    def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus) -> jax.Array:
+    def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus, counted: bool = False) -> Step:
         batch = (jnp.asarray(ids), jax.tree.map(jnp.asarray, labels), dropout_key)
         with in_sight(self.layout):
-            return train_step(self.model, self.optimizer, *batch, focus, self.layout)
+            step = train_step(self.model, self.optimizer, *batch, self.asymmetry, focus, self.layout, counted)
+        self.asymmetry = step.asymmetry
+        return step
 
     def logits(self, ids: ArrayLike) -> np.ndarray:
         with in_sight(self.layout):

@@ -1,10 +1,19 @@
 """What training shows while it goes on, of either example."""
 
 import time
+from collections.abc import Callable, Iterable
 from typing import Self
 
 import rich.console
 import rich.progress
+
+
+class _Bar(rich.progress.Progress):
+    beneath: Callable[[], Iterable[rich.console.RenderableType]] = tuple
+
+    def get_renderables(self) -> Iterable[rich.console.RenderableType]:
+        yield from super().get_renderables()
+        yield from self.beneath()
 
 
 class TrainingProgress:
@@ -16,6 +25,7 @@ class TrainingProgress:
       loss: the loss's format.
       description: of the task.
       steps, completed: how many there are, and have been taken.
+      beneath: what stands below the bar, asked for whenever it is drawn.
     """
 
     def __init__(
@@ -28,10 +38,11 @@ class TrainingProgress:
         steps: int,
         completed: int = 0,
         description: str = "",
+        beneath: Callable[[], Iterable[rich.console.RenderableType]] = tuple,
     ):
         self.console = console
         self.examples, self.seconds, self.mark = 0, 0.0, 0.0
-        self.bar = rich.progress.Progress(
+        self.bar = _Bar(
             rich.progress.TextColumn(before),
             rich.progress.BarColumn(bar_width=width),
             rich.progress.TextColumn(f"loss {{task.fields[loss]:{loss}}} {{task.fields[rate]:5.0f}} examples/s"),
@@ -40,6 +51,7 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
+        self.bar.beneath = beneath
         self.task = self.bar.add_task(
             description, total=steps, completed=completed, loss=float("nan"), rate=0.0, precision=""
         )

@@ -1,11 +1,13 @@
 """A whole session: load, split, train each loss, compare."""
 
 import argparse
+import dataclasses
 import functools
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 
@@ -27,7 +29,7 @@ def run(options: argparse.Namespace, interruption: StopRequest) -> int:
     """
     started = time.perf_counter()
     first = jax.process_index() == 0
-    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120, quiet=not first)
+    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 150, quiet=not first)
     layout = None
     if options.mesh is not None or options.coordinator is not None:
         layout = Layout.of(options.mesh)
@@ -44,6 +46,7 @@ def run(options: argparse.Namespace, interruption: StopRequest) -> int:
         seed=options.seed,
         bias=functools.partial(settings.head_bias, options.head_bias, problem.counts, len(problem.split.train)),
         labels=options.labels,
+        live=options.live,
     )
 
     results = report.Results()
@@ -54,35 +57,29 @@ def run(options: argparse.Namespace, interruption: StopRequest) -> int:
             total = options.epochs * (len(problem.split.train) // options.batch_size)
             store = checkpoints.Store(options, problem.diseases.release, total, console)
         for focus in settings.to_train(options):
-            if not interruption.requested:
-                keeper = None if store is None else store.keeper(f"{focus.name} {focus.numbers}")
-                results.runs.append(
-                    training.train(problem, plan, focus, make_trainer, interruption, console, keeper, layout)
-                )
+            for seed in range(options.seed, options.seed + options.seeds):
+                if not interruption.requested:
+                    name = f"{focus.name} {focus.numbers}" + (f", seed {seed}" if options.seeds > 1 else "")
+                    keeper = None if store is None else store.keeper(name)
+                    with_seed = dataclasses.replace(plan, seed=seed)
+                    results.runs.append(
+                        training.train(problem, with_seed, focus, make_trainer, interruption, console, keeper, layout)
+                    )
     except (training.DivergedError, checkpoints.CheckpointError) as error:
         raise CannotRun(str(error)) from error
-    results.chosen = report.chosen_on_validation(results.runs)
 
     interrupted = interruption.requested
     if interrupted:
         console.print("Interrupted: here is what there is so far. Ctrl-C again leaves at once.")
     # All processes take part in these, and only the first one in what takes long after them.
-    tested = [(run, run.logits(problem.ids[problem.split.test])) for run in to_test(results)]
+    validation, test = (problem.ids[side] for side in (problem.split.validation, problem.split.test))
+    tested = [(run, run.logits(validation), run.logits(test)) for run in results.runs if run.curve]
     if first and results.has_curves():
         compare(problem, results, tested, options, console)
     elif first:
         console.print("Nothing has been trained yet: no table and no picture.")
     console.print(f"{time.perf_counter() - started:.0f} s, {time.process_time():.0f} s of CPU time")
     return Interruption.EXIT_CODE if interrupted else 0
-
-
-def to_test(results: report.Results) -> list[training.Run]:
-    """The runs that meet the test groups: of the ASL settings that which validation has chosen, and the paper's."""
-    return [
-        run
-        for run in results.runs
-        if run.curve and (run.focus.name != "ASL" or run.focus == settings.ASL_DEFAULT or run is results.chosen)
-    ]
 
 
 def load(options: argparse.Namespace, console: rich.console.Console) -> training.Problem:
@@ -117,11 +114,11 @@ def load(options: argparse.Namespace, console: rich.console.Console) -> training
 def compare(
     problem: training.Problem,
     results: report.Results,
-    tested: list[tuple[training.Run, np.ndarray]],
+    tested: list[tuple[training.Run, np.ndarray, np.ndarray]],
     options: argparse.Namespace,
     console: rich.console.Console,
 ) -> None:
-    """Validation table, memory, picture, and last and slowest the test table, of the logits in `tested`."""
+    """Validation table, memory, test table, and the picture, of the validation and test logits in `tested`."""
     split = problem.split
     scorers = {
         "popularity": lambda queries: baselines.popularity(problem.counts, len(queries)),
@@ -137,14 +134,26 @@ def compare(
     for batch in (options.batch_size, 16 * options.batch_size):
         results.memory.append(memory.loss_step_memory(batch, problem.sizes.labels, settings.ASL_DEFAULT))
     report.print_memory(results, console)
+
+    test_labels = problem.labels(split.test)
+    for name, scorer in scorers.items():
+        results.test[name] = [metrics.evaluate(scorer(split.test), test_labels)]
+    for run, on_validation, scores in tested:
+        sigmoid = np.asarray(jax.nn.sigmoid(scores))
+        link = np.asarray(run.loss.probability(jnp.asarray(scores)))
+        found = dataclasses.replace(
+            metrics.evaluate(scores, test_labels),
+            f1=metrics.micro_f1(scores, test_labels, metrics.best_threshold(on_validation, labels)),
+            sigmoid_error=metrics.reliability(sigmoid, test_labels).error,
+            link_error=metrics.reliability(link, test_labels).error,
+        )
+        results.test.setdefault(report.run_name(run, options.epochs), []).append(found)
+        if run.seed == options.seed:
+            bins = report.RELIABILITY_BINS
+            results.reliability[run.focus] = (
+                metrics.reliability(sigmoid, test_labels, bins),
+                metrics.reliability(link, test_labels, bins),
+            )
+    report.print_test(results, len(split.test), console)
     report.draw(results, options.output)
     console.print(f"Picture: {options.output}", soft_wrap=True)
-
-    labels = problem.labels(split.test)
-    for name, scorer in scorers.items():
-        results.test[name] = metrics.evaluate(scorer(split.test), labels)
-    for run, scores in tested:
-        name = report.run_name(run, options.epochs) + (", the paper's" if run.focus == settings.ASL_DEFAULT else "")
-        name += ", chosen" if results.searched and run is results.chosen else ""
-        results.test[name] = metrics.evaluate(scores, labels)
-    report.print_test(results, len(split.test), console)

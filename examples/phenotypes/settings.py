@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from asl_pallas import AsymmetricLoss, prior_logits
+from asl_pallas import AdaptiveAsymmetry, AsymmetricLoss, prior_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,20 +13,35 @@ class Focus:
     """The asymmetric loss's hyper-parameters under a name for the table.
 
     (0, 0, 0) is sigmoid binary cross-entropy, and (g, g, 0) is focal loss.
+
+    Attributes:
+      target_gap: of the mean probabilities, to which gamma_neg moves itself; None where it stays.
     """
 
     name: str
     gamma_neg: float
     gamma_pos: float
     clip: float
+    target_gap: float | None = None
 
     @property
     def loss(self) -> AsymmetricLoss:
         return AsymmetricLoss(self.gamma_neg, self.gamma_pos, self.clip)
 
     @property
+    def controller(self) -> AdaptiveAsymmetry | None:
+        if self.target_gap is None:
+            return None
+        return AdaptiveAsymmetry(target_gap=self.target_gap, rate=RATE, gamma_neg=self.gamma_neg)
+
+    @property
     def numbers(self) -> str:
-        return f"({self.gamma_neg:g}, {self.gamma_pos:g}, {self.clip:g})"
+        gamma_neg = f"{self.gamma_neg:g}" if self.target_gap is None else "adaptive"
+        return f"({gamma_neg}, {self.gamma_pos:g}, {self.clip:g})"
+
+
+# Of gamma_neg, per unit of the gap's distance and counted step.
+RATE = 0.5
 
 
 def bce() -> Focus:
@@ -43,21 +58,23 @@ def asl(gamma_neg: float, gamma_pos: float, clip: float) -> Focus:
 
 ASL_DEFAULT = asl(4.0, 1.0, 0.05)
 
-# The authors' advice is to climb: a small focus on the negatives first, then more, then the margin, and the paper's
-# numbers last. The validation split picks the rung.
-ASL_LADDER = (asl(1.0, 0.0, 0.0), asl(2.0, 0.0, 0.0), asl(4.0, 0.0, 0.0), asl(2.0, 0.0, 0.05), ASL_DEFAULT)
+
+def adaptive(start: Focus, target_gap: float) -> Focus:
+    return dataclasses.replace(start, target_gap=target_gap)
 
 
 def to_train(options: argparse.Namespace) -> list[Focus]:
-    """The runs that the command line asks for, in order."""
+    """The losses that the command line asks for, in order."""
     given = (options.gamma_neg, options.gamma_pos, options.clip)
-    if given == (None, None, None):
-        asymmetric = list(ASL_LADDER)
-    else:
-        default = (ASL_DEFAULT.gamma_neg, ASL_DEFAULT.gamma_pos, ASL_DEFAULT.clip)
-        asymmetric = [asl(*(d if g is None else g for g, d in zip(given, default, strict=True)))]
-    runs = {"bce": [bce()], "focal": [focal(options.focal_gamma)], "asl": asymmetric}
-    return [*runs["bce"], *runs["focal"], *runs["asl"]] if options.loss == "all" else runs[options.loss]
+    default = (ASL_DEFAULT.gamma_neg, ASL_DEFAULT.gamma_pos, ASL_DEFAULT.clip)
+    asymmetric = asl(*(d if g is None else g for g, d in zip(given, default, strict=True)))
+    losses = {
+        "bce": bce(),
+        "focal": focal(options.focal_gamma),
+        "asl": asymmetric,
+        "adaptive": adaptive(asymmetric, options.target_gap),
+    }
+    return list(losses.values()) if options.loss == "all" else [losses[options.loss]]
 
 
 @dataclasses.dataclass(frozen=True)

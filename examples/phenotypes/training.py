@@ -4,16 +4,18 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 import optax
 import rich.console
+import rich.progress_bar
+import rich.table
 from jax.typing import ArrayLike
 
-from asl_pallas import PackedLabels, SparseLabels
+from asl_pallas import AsymmetricLoss, AsymmetryState, PackedLabels, SparseLabels, Statistics
 from phenotypes import data, metrics
 from phenotypes.groups import Split
 from phenotypes.interruption import StopRequest
@@ -25,8 +27,12 @@ FEATURE_DROPOUT = 0.1  # share of a disease's features left out whenever it is s
 WEIGHT_DECAY = 1e-2
 
 # Micro average precision sorts every (disease, label) pair: 0.5 s for 256 diseases and 3 s for all of validation,
-# too much once an epoch. The curves take these; the table at the end takes all.
+# too much for a run. The validation table takes these; the test table takes all.
 CURVE_DISEASES = 256
+
+# Steps from one that is counted to the next. On a TPU or a GPU each could be; on a CPU counting takes as long as the
+# whole of a step without it.
+COUNT_EVERY = 8
 
 Labels = ArrayLike | PackedLabels | SparseLabels
 
@@ -70,16 +76,53 @@ class Plan:
     seed: int
     bias: Callable[[Focus], np.ndarray]
     labels: str = "dense"
+    live: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Where a run stood; `epoch` is a fraction where the run was stopped within one."""
+    """Where a run stood; `epoch` is a fraction where the run was stopped within one.
+
+    Attributes:
+      micro_average_precision: after the last epoch.
+    """
 
     epoch: float
     train_loss: float
     precision_at_5: float
-    micro_average_precision: float
+    micro_average_precision: float | None = None
+
+
+class Step(NamedTuple):
+    """What a train step tells.
+
+    Attributes:
+      loss: of its batch.
+      statistics: what the loss's kernel counted, of a step that is to be `counted`.
+      asymmetry: where the controller of gamma_neg is after it; None where there is none.
+    """
+
+    loss: jax.Array
+    statistics: Statistics | None
+    asymmetry: AsymmetryState | None = None
+
+
+class Told(NamedTuple):
+    """What a counted step tells, in Python's numbers, for a picture and a checkpoint's JSON; steps count from 1."""
+
+    step: int
+    probability_gap: float
+    dropped_share: float
+    positive_gradient_share: float
+    gamma_neg: float
+
+    @classmethod
+    def of(cls, number: int, step: Step, focus: Focus) -> "Told":
+        counted = step.statistics
+        assert counted is not None
+        shares = counted.probability_gap, counted.dropped_share, counted.positive_gradient_share
+        gamma_neg = focus.gamma_neg if step.asymmetry is None else step.asymmetry.gamma_neg
+        return cls(number, *map(float, (*shares, gamma_neg)))
 
 
 class DivergedError(ArithmeticError):
@@ -91,7 +134,9 @@ class Trainer(Protocol):
 
     state: Any
 
-    def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus) -> jax.Array: ...
+    def step(
+        self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus, counted: bool = False
+    ) -> "Step": ...
 
     def logits(self, ids: ArrayLike) -> np.ndarray: ...
 
@@ -108,6 +153,7 @@ class Position:
       losses: of that epoch's steps so far.
       curve: of the epochs before it.
       seconds: spent so far.
+      told: of the counted steps so far.
     """
 
     steps: int
@@ -115,6 +161,7 @@ class Position:
     losses: list[float] = dataclasses.field(default_factory=list)
     curve: list[Point] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    told: list[Told] = dataclasses.field(default_factory=list)
 
 
 class Keeper(Protocol):
@@ -141,6 +188,13 @@ class Run:
     complete: bool
     seconds: float
     layout: Layout | None = None
+    seed: int = 0
+    told: list[Told] = dataclasses.field(default_factory=list)
+
+    @property
+    def loss(self) -> AsymmetricLoss:
+        """With the gamma_neg of its last step."""
+        return dataclasses.replace(self.focus.loss, gamma_neg=self.told[-1].gamma_neg) if self.told else self.focus.loss
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Float32 (diseases, labels), whole in every process."""
@@ -207,7 +261,7 @@ def train(
 
     An interruption ends it after the current step, with a last look at the validation split. A keeper is asked for an
     earlier position to go on from, and gets one after each epoch, where it is due, and at an interruption. With a
-    layout, which make_trainer gets as its last argument, all processes of the mesh have to call this alike.
+    layout all processes of the mesh have to call this alike.
 
     Raises:
       DivergedError: names the loss, the epoch and the learning rate.
@@ -217,7 +271,7 @@ def train(
     rng = np.random.default_rng(plan.seed)
     key = jax.random.key(plan.seed)
     to_make = (problem.sizes, plan.bias(focus), optimizer(plan.learning_rate, plan.epochs, steps_per_epoch), plan.seed)
-    trainer = make_trainer(*to_make) if layout is None else make_trainer(*to_make, layout)
+    trainer = make_trainer(*to_make, layout=layout, controller=focus.controller)
     position = (keeper and keeper.restore(trainer)) or Position(0, dict(rng.bit_generator.state))
     watched = problem.split.validation
     watched_labels = problem.labels(watched)
@@ -230,7 +284,7 @@ def train(
             position.seconds = time.perf_counter() - started
             keeper.save(trainer, position)
 
-    with _Progress(console, f"{focus.name} {focus.numbers}", total, position.steps) as progress:
+    with _Progress(console, f"{focus.name} {focus.numbers}", total, position.steps, plan.live) as progress:
         while position.steps < total and not interruption.requested:
             rng.bit_generator.state = position.generator
             losses = position.losses
@@ -240,9 +294,14 @@ def train(
                 if interruption.requested:
                     break
                 dropout_key = jax.random.fold_in(key, position.steps)
-                loss = trainer.step(ids, labels, dropout_key if layout is None else layout.key(dropout_key), focus)
-                losses.append(float(loss))
+                counted = position.steps % COUNT_EVERY == 0
+                on_mesh = dropout_key if layout is None else layout.key(dropout_key)
+                step = trainer.step(ids, labels, on_mesh, focus, counted)
+                losses.append(float(step.loss))
                 position.steps += 1
+                if counted:
+                    position.told.append(Told.of(position.steps, step, focus))
+                    progress.told = position.told[-1]
                 progress.step(losses[-1], plan.batch_size)
                 if keeper and len(losses) < steps_per_epoch and keeper.due(position.steps):
                     save()
@@ -258,35 +317,67 @@ def train(
                     f"{focus.name} {focus.numbers} diverged in epoch {position.steps / steps_per_epoch:g} (last loss "
                     f"{losses[-1]:g}): try a smaller --learning-rate than {plan.learning_rate:g}"
                 )
+            is_last = position.steps == total
             point = Point(
                 epoch=position.steps / steps_per_epoch,
                 train_loss=float(np.mean(losses)),
                 precision_at_5=metrics.precision_at(5, scores, watched_labels),
-                micro_average_precision=metrics.micro_average_precision(scores[some], watched_labels[some]),
+                micro_average_precision=metrics.micro_average_precision(scores[some], watched_labels[some])
+                if is_last
+                else None,
             )
             position.curve.append(point)
             progress.epoch(point, plan.epochs)
             if whole:
                 position.losses, position.generator = [], dict(rng.bit_generator.state)
                 save()
-    return Run(focus, trainer, position.curve, position.steps == total, time.perf_counter() - started, layout)
+    seconds = time.perf_counter() - started
+    return Run(focus, trainer, position.curve, position.steps == total, seconds, layout, plan.seed, position.told)
 
 
 class _Progress(TrainingProgress):
     """A plain line is an epoch's."""
 
-    def __init__(self, console: rich.console.Console, name: str, steps: int, completed: int):
+    def __init__(self, console: rich.console.Console, name: str, steps: int, completed: int, live: bool):
         # All columns together fit 80 characters.
         super().__init__(
-            console, "{task.description}", 12, "5.1f", steps=steps, completed=completed, description=f"{name:16}"
+            console,
+            "{task.description}",
+            12,
+            "5.1f",
+            steps=steps,
+            completed=completed,
+            description=f"{name:16}",
+            beneath=self._told if live else tuple,
         )
-        self.name = name
+        self.name, self.live = name, live
+        self.told: Told | None = None
+
+    def _told(self) -> Iterator[rich.console.RenderableType]:
+        """What the last step's statistics say, a line each."""
+        if self.told is not None:
+            grid = rich.table.Table.grid(padding=(0, 2))
+            for name, number in self._numbers(self.told):
+                grid.add_row(f"  {name.replace('_', ' ')}", f"{number:6.3f}", _scale(name, number))
+            yield grid
+
+    @staticmethod
+    def _numbers(told: Told) -> Iterable[tuple[str, float]]:
+        return [(name, number) for name, number in told._asdict().items() if name != "step"]
 
     def epoch(self, point: Point, epochs: int) -> None:
         precision = f"P@5 {point.precision_at_5:.3f}"
         self.show(
             precision,
             f"{self.name:18} epoch {point.epoch:g}/{epochs}  loss {point.train_loss:.3f}  "
-            f"{self.rate:.0f} examples/s  validation {precision}  "
-            f"micro AP {point.micro_average_precision:.3f}",
+            f"{self.rate:.0f} examples/s  validation {precision}",
         )
+        if self.live and self.told is not None and not self.console.is_terminal:
+            numbers = (f"{name.replace('_', ' ')} {number:.3f}" for name, number in self._numbers(self.told))
+            self.console.print(f"{'':18} {'  '.join(numbers)}", soft_wrap=True)
+
+
+def _scale(name: str, number: float) -> rich.console.RenderableType:
+    """A bar for a share; a gap's goes from -1 to 1."""
+    least, most = {"probability_gap": (-1.0, 1.0), "gamma_neg": (0.0, 10.0)}.get(name, (0.0, 1.0))
+    return rich.progress_bar.ProgressBar(total=most - least, completed=number - least, width=30)
