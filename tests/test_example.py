@@ -274,7 +274,7 @@ def test_nnx_and_linen_train_alike_from_the_same_parameters(focus):
 def test_heads_and_forms_of_labels_have_equal_learning_curves():
     """The fused head and packed or sparse labels train to the weights of the dense head and labels, to rounding."""
 
-    def linen_trainer(*arguments):
+    def linen_trainer(*arguments, **options):
         made = LinenTrainer(*arguments)
         give_parameters(NNXTrainer(*arguments), made)
         return made

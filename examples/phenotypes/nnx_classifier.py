@@ -124,12 +124,13 @@ class NNXTrainer:
 
     @property
     def state(self) -> Any:
-        """Parameters, the optimizer's arrays and the controller's, for a checkpoint."""
-        return nnx.state((self.model, self.optimizer)), self.asymmetry
+        """Parameters, the optimizer's arrays and the controller's, if there is one, for a checkpoint."""
+        weights = nnx.state((self.model, self.optimizer))
+        return weights if self.asymmetry is None else (weights, self.asymmetry)
 
     @state.setter
     def state(self, state: Any) -> None:
-        weights, self.asymmetry = state
+        weights, self.asymmetry = (state, None) if self.asymmetry is None else state
         nnx.update((self.model, self.optimizer), weights)
 
     def step(self, ids: ArrayLike, labels: Labels, dropout_key: jax.Array, focus: Focus, counted: bool = False) -> Step:
