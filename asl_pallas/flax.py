@@ -128,7 +128,7 @@ class MultilabelHead(nnx.Module):
         *,
         loss: ElementwiseLoss | None = None,
         **options: Any,
-    ) -> Array:
+    ) -> Any:
         """`linear_multilabel_loss` of this head, which says what the options are.
 
         `loss` takes the place of the head's own for this call, with another gamma_neg of a schedule say.

@@ -62,7 +62,7 @@ class Classifier(nnx.Module):
         features = self.features(ids, dropout_key)
         if isinstance(self.head, MultilabelHead):
             # The total comes with its gradients in one pass over the labels, a mean of the diseases' losses in two.
-            found = self.head.loss(features, labels, loss=loss, axis=None, statistics=counted, **options)
+            found: Any = self.head.loss(features, labels, loss=loss, axis=None, statistics=counted, **options)
             total, statistics = found if counted else (found, None)
             return total / len(ids), statistics
         found = multilabel_loss(loss, self.head(features), labels, statistics=counted, **options)
