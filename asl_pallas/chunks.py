@@ -155,12 +155,18 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
         return Found(value, of_features, of_kernel, of_bias, sums)
 
+    everything = around._replace(
+        logits=jax.ShapeDtypeStruct((*leading, classes), dtype),
+        labels=arrays.labels,
+        negatives=arrays.negatives,
+        scalars=arrays.scalars,
+    )
     nothing = Found(
         value=None if task.value is None else (jnp.zeros(leading, dtype),) * 2,
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
         kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
-        sums=task.sums_like(_element(task, arrays, dtype), jnp.zeros(leading, dtype)),
+        sums=task.sums_like(everything, jnp.zeros(leading, dtype)),
     )
     nothing, _ = unify_varying_axes((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
@@ -172,25 +178,6 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     if found.features is not None:
         found = found._replace(features=found.features.reshape(arrays.features.shape))
     return found
-
-
-def _element(task: Task, arrays: Arrays, dtype: Any) -> Operands:
-    """Shapes and dtypes of one element's operands."""
-
-    def of(array: Any, dtype: Any = None) -> Any:
-        return None if array is None else jax.ShapeDtypeStruct((1, 1), dtype or array.dtype)
-
-    labels = None if task.labels == "dense" else bool
-    return Operands(
-        logits=jax.ShapeDtypeStruct((1, 1), dtype),
-        labels=of(arrays.labels, labels),
-        where=of(arrays.where),
-        weights=of(arrays.weights),
-        pos_weight=of(arrays.pos_weight),
-        negatives=of(arrays.negatives, labels),
-        vectors=tuple(map(of, arrays.vectors)),
-        scalars=None if arrays.scalars is None else (jax.ShapeDtypeStruct((), dtype),) * arrays.scalars.size,
-    )
 
 
 def _counts(task: Task, where: Array | None, labels: Array) -> Array | None:

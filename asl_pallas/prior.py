@@ -22,6 +22,7 @@ from asl_pallas.losses import ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 
 Batch = ArrayLike | PackedLabels | SparseLabels | PartialLabels | CsrMatrix
+_ENCODED = (PackedLabels, SparseLabels, PartialLabels)
 # Elements of dense labels, or words, that are looked at together.
 _PART = 2**22
 
@@ -90,10 +91,7 @@ def prior_logits(
         raise ValueError(f"at_least={at_least}; expected 0 < at_least < 0.5")
     if not (inside := (share >= 0) & (share <= 1)).all():
         raise ValueError(f"frequencies hold {share[~inside][0]}; expected 0 <= frequency <= 1")
-    on_host = jax.tree.map(np.asarray, (loss, pos_weight))
-    logits = on_host[0].logit(
-        np.clip(share, at_least, 1 - at_least), pos_weight=on_host[1], label_smoothing=label_smoothing
-    )
+    logits = _logit(loss, np.clip(share, at_least, 1 - at_least), pos_weight, label_smoothing)
     if logits.shape != share.shape:
         raise ValueError(
             f"frequencies have shape {share.shape}, and the logits {logits.shape} with the loss's hyper-parameters and "
@@ -166,8 +164,13 @@ def decision_logit(
             raise ValueError(f"{name}={cost}; expected numbers above 0 and finite")
         costs.append(cost)
     threshold = costs[0] / (costs[0] + costs[1])
-    on_host = jax.tree.map(np.asarray, (loss, pos_weight))
-    return on_host[0].logit(threshold, pos_weight=on_host[1], label_smoothing=label_smoothing)
+    return _logit(loss, threshold, pos_weight, label_smoothing)
+
+
+def _logit(loss: ElementwiseLoss, p: NDArray[Any], pos_weight: Any, label_smoothing: float) -> NDArray[np.float64]:
+    """On the host, also where hyper-parameters and weights are JAX's."""
+    loss, pos_weight = jax.tree.map(np.asarray, (loss, pos_weight))
+    return loss.logit(p, pos_weight=pos_weight, label_smoothing=label_smoothing)
 
 
 def _check_loss(loss: Any) -> None:
@@ -190,8 +193,12 @@ class _Counts:
 
 
 def _is_batch(labels: Any) -> bool:
-    encoded = isinstance(labels, (PackedLabels, SparseLabels, PartialLabels))
-    if encoded or hasattr(labels, "dtype") or hasattr(labels, "__jax_array__") or hasattr(labels, "tocsr"):
+    if (
+        isinstance(labels, _ENCODED)
+        or hasattr(labels, "dtype")
+        or hasattr(labels, "__jax_array__")
+        or hasattr(labels, "tocsr")
+    ):
         return True
     if isinstance(labels, (list, tuple)):
         return bool(labels) and not any(map(_is_batch, labels))
@@ -199,8 +206,7 @@ def _is_batch(labels: Any) -> bool:
 
 
 def _count(labels: Any, ignore_label: int | None) -> _Counts:
-    encoded = isinstance(labels, (PackedLabels, SparseLabels, PartialLabels)) or hasattr(labels, "indptr")
-    if ignore_label is not None and encoded:
+    if ignore_label is not None and (isinstance(labels, _ENCODED) or hasattr(labels, "indptr")):
         raise TypeError(f"ignore_label={ignore_label} is for dense labels, and these are {type(labels).__name__}")
     if isinstance(labels, PartialLabels):
         positives, negatives = (_count_encoded(part) for part in (labels.positives, labels.negatives))

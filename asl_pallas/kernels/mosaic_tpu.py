@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.kernels.summation import add_exactly, total_of
-from asl_pallas.kernels.sums import unpacked
+from asl_pallas.kernels.sums import packed_like, unpacked
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task, index_where_it_varies
 from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
 from asl_pallas.kernels.versions import reciprocal, result_like
@@ -107,7 +107,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     packed = task.packs_counts(operands, pl.cdiv(classes, tiling.partial))
     stages = _stages(task, tiling, cut, ops, packed)
     scratch = _Scratch(converted, spread, words, _aside(stages, tile))
-    row_sums = _RowSums(1, task.sums_like(tile, 1))
+    row_sums = _RowSums(1, task.sums_like(operands, 1))
     result_like_logits = functools.partial(result_like, operands.logits)
     results = task.results(
         sums=result_like_logits((1, padded_rows), jnp.float32),
@@ -118,8 +118,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if task.value == "rows":
         kept = row_sums
         if packed:
-            counts = row_sums.statistics.counts._replace(dropped=None)
-            kept = row_sums._replace(statistics=row_sums.statistics._replace(counts=counts))
+            kept = row_sums._replace(statistics=packed_like(row_sums.statistics))
         partial = jax.tree.map(lambda _: pltpu.VMEM(tiling.lying(tiling.rows, tiling.partial), jnp.float32), kept)
         scratch = scratch._replace(sums=partial)
         if tiling.blocks_of_a_sum(classes):
@@ -228,8 +227,6 @@ def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
         logits=of(tiling.group, tiling.chunk, operands.logits.dtype),
         labels=of(tiling.group, tiling.chunk, labels),
         where=None if operands.where is None else of(tiling.group, tiling.chunk, jnp.bool_),
-        weights=None if operands.weights is None else of(tiling.group, tiling.chunk, jnp.float32),
-        pos_weight=None if operands.pos_weight is None else of(tiling.group, tiling.chunk, jnp.float32),
         negatives=None if operands.negatives is None else of(tiling.group, tiling.chunk, labels),
         vectors=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.vectors),
         scalars=scalars,
@@ -437,7 +434,7 @@ def _kernel(
             kept = (scratch.sums,) if scratch.total is None else (scratch.total, scratch.lost)
             lanes = jax.tree.map(of_lane, *kept)
             if packed:
-                lanes = lanes._replace(statistics=lanes.statistics._replace(counts=unpacked(lanes.statistics.counts)))
+                lanes = lanes._replace(statistics=unpacked(lanes.statistics))
             losses, statistics = jax.tree.map(of_row, lanes)
             outputs.value[...] = task.row_losses(losses, ops)
             if statistics is not None:

@@ -33,12 +33,6 @@ class Counts(NamedTuple):
     wrong_of_positives: Any
 
 
-def unpacked(counts: Counts) -> Counts:
-    """Of counts whose `positives` are packed."""
-    dropped = jnp.floor(counts.positives * (1 / PACKED))
-    return counts._replace(positives=counts.positives - dropped * PACKED, dropped=dropped)
-
-
 class Sums(NamedTuple):
     """All of them.
 
@@ -53,3 +47,15 @@ class Sums(NamedTuple):
     losses_of_positives: Any
     slopes: Any
     slopes_of_positives: Any
+
+
+def packed_like(sums: Sums) -> Sums:
+    """Without a place for what is packed into another."""
+    return sums._replace(counts=sums.counts._replace(dropped=None))
+
+
+def unpacked(sums: Sums) -> Sums:
+    """Of sums whose positives are packed."""
+    counts = sums.counts
+    dropped = jnp.floor(counts.positives * (1 / PACKED))
+    return sums._replace(counts=counts._replace(positives=counts.positives - dropped * PACKED, dropped=dropped))

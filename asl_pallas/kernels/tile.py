@@ -114,14 +114,21 @@ class Task:
         value = {"rows": sums, "elements": elements, None: None}[self.value]
         return Result(value, gradient if self.gradient else None, statistics if self.statistics else None)
 
-    def sums_like(self, tile: Operands, one: Any) -> Any:
-        """`Sums` with `one` in the place of each that the task asks for; of `tile` shapes are enough. None for none."""
+    def sums_like(self, operands: Operands, one: Any) -> Any:
+        """`Sums` with `one` in the place of each that the task asks for, None for none; dtypes alone are looked at."""
         if not self.statistics:
             return None
+
+        def element(name: str, array: Any) -> Any:
+            is_encoded = name in ENCODED and self.labels != "dense"
+            return jax.ShapeDtypeStruct((1, 1), bool if is_encoded else array.dtype)
 
         def both(tile: Operands) -> Any:
             return self.evaluate(tile).sums._replace(counts=self.count(tile))
 
+        tile, scalars = operands.map(element), operands.scalars
+        if scalars is not None:
+            tile = tile._replace(scalars=(jax.ShapeDtypeStruct((), scalars.dtype),) * scalars.size)
         return jax.tree.map(lambda _: one, jax.eval_shape(both, tile))
 
     @property
@@ -140,15 +147,18 @@ class Task:
           valid: False for what lies beyond the array's edge.
           ops: the backend's arithmetic.
         """
-        scalars = () if tile.scalars is None else tuple(tile.scalars)
-        loss = self.loss.bind(scalars, tile.vectors)
+        loss = self._bound(tile)
         x, labels, keep = self._read(tile, valid)
         if self.is_soft(tile.labels.dtype):
             tile = _without_left_out(tile._replace(labels=labels), keep, ops)
             sides = self._mixed(loss, x, tile, ops)
             result = self._weighted(jax.tree.map(jnp.add, *sides), tile, keep)
+            if not self.statistics:
+                return result
             of_positives, of_negatives = (self._weighted(side, tile, keep) for side in sides)
-            return self._with_sums(result, of_positives, of_negatives)
+            slopes_of_positives = jnp.abs(of_positives.gradient)
+            slopes = slopes_of_positives + jnp.abs(of_negatives.gradient)
+            return self._with_sums(result, Sums(None, of_positives.value, slopes, slopes_of_positives))
         label = self._label_of(labels, tile.negatives)._replace(dtype=x.dtype)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
@@ -163,7 +173,9 @@ class Task:
         infers = ops.infer_label_from_slope and loss.slope_tells_label
         positive = slope < 0.0 if infers else label.positive
         of_positives = jax.tree.map(lambda part: jnp.where(positive, part, jnp.zeros_like(part)), result)
-        return self._with_sums(result, of_positives, signed=self.slopes_are_signed(tile))
+        size: Callable[[Array], Array] = (lambda slope: slope) if self.slopes_are_signed(tile) else jnp.abs
+        sums = Sums(None, of_positives.value, size(result.gradient), size(of_positives.gradient))
+        return self._with_sums(result, sums)
 
     def slopes_are_signed(self, operands: Operands) -> bool:
         """Whether `Sums` of slopes come with their signs, which tell the sides apart."""
@@ -180,8 +192,7 @@ class Task:
 
         What a loss begins with is written as the losses do, so that a compiler finds it there again.
         """
-        scalars = () if tile.scalars is None else tuple(tile.scalars)
-        margin = self.loss.bind(scalars, tile.vectors).probability_margin
+        margin = self._bound(tile).probability_margin
         x, labels, keep = self._read(tile, valid)
         one, zero = jnp.ones_like(x), jnp.zeros_like(x)
         if jnp.issubdtype(labels.dtype, jnp.floating):
@@ -217,23 +228,18 @@ class Task:
             counts = counts._replace(annotated=None)
         return counts if keep is None else jax.tree.map(lambda part: jnp.where(keep, part, zero), counts)
 
+    def _bound(self, tile: Operands) -> ElementwiseLoss:
+        """The loss with the tile's hyper-parameters."""
+        return self.loss.bind(() if tile.scalars is None else tuple(tile.scalars), tile.vectors)
+
     def _leaves_out(self, tile: Operands) -> bool:
         """Whether an element may be masked, or not be annotated."""
         ignores = self.ignore_label is not None and tile.labels.dtype != jnp.bool_
         third = tile.negatives is not None or (self.loss.third_state is not None and tile.labels.dtype != jnp.bool_)
         return tile.where is not None or ignores or third
 
-    def _with_sums(
-        self, result: Result, of_positives: Result, of_negatives: Result | None = None, signed: bool = False
-    ) -> Result:
-        """The result as it is asked for, with what it and its positives' share add up to."""
-        if not self.statistics:
-            return result
-        size: Callable[[Array], Array] = (lambda slope: slope) if signed else jnp.abs
-        slopes_of_positives, slopes = size(of_positives.gradient), size(result.gradient)
-        if of_negatives is not None:
-            slopes = slopes_of_positives + jnp.abs(of_negatives.gradient)
-        sums = Sums(None, of_positives.value, slopes, slopes_of_positives)
+    def _with_sums(self, result: Result, sums: Sums) -> Result:
+        """The result as it is asked for."""
         return Result(result.value, result.gradient if self.gradient else None, sums)
 
     def cuts(self, tile: Operands, ops: Ops = EXACT) -> int:
@@ -328,23 +334,24 @@ class Task:
         )
         taken_for_positive = loss.relabel(x, Label(False), ops).positive
 
-        def mix(yes: Array, no: Array) -> tuple[Array, Array]:
-            y_plus = y.astype(yes.dtype)
-            if self.label_smoothing:
-                y_plus = y_plus * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
-            y_minus = 1.0 - y_plus
-            # A side without a share is left out even where it, or its weight, is infinite.
-            yes = unless_infinite(y_plus, yes)
-            no = unless_infinite(y_minus, no)
-            if tile.pos_weight is not None:
-                weight = tile.pos_weight.astype(yes.dtype)
-                yes = unless_infinite(y_plus, weight) * yes
-                if taken_for_positive is not False:
-                    no = jnp.where(taken_for_positive, unless_infinite(y_minus, weight), 1.0) * no
-            return y_plus * yes, y_minus * no
+        y_plus = y.astype(x.dtype)
+        if self.label_smoothing:
+            y_plus = y_plus * (1.0 - self.label_smoothing) + 0.5 * self.label_smoothing
+        y_minus = 1.0 - y_plus
+        weight = None if tile.pos_weight is None else tile.pos_weight.astype(x.dtype)
 
-        mixed = [None if yes is None else mix(yes, no) for yes, no in zip(of_positive, of_negative, strict=True)]
-        return tuple(Result(*(None if part is None else part[side] for part in mixed)) for side in (0, 1))  # type: ignore[return-value]
+        # A side without a share is left out even where it, or its weight, is infinite.
+        def yes(part: Array) -> Array:
+            part = unless_infinite(y_plus, part)
+            return y_plus * (part if weight is None else unless_infinite(y_plus, weight) * part)
+
+        def no(part: Array) -> Array:
+            part = unless_infinite(y_minus, part)
+            if weight is not None and taken_for_positive is not False:
+                part = jnp.where(taken_for_positive, unless_infinite(y_minus, weight), 1.0) * part
+            return y_minus * part
+
+        return jax.tree.map(yes, of_positive), jax.tree.map(no, of_negative)
 
     def _read(self, tile: Operands, valid: Array | None) -> tuple[Array, Array, Array | None]:
         """Logits in the compute dtype, labels that can be compared, and which elements count, None for all."""

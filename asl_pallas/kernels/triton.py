@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
-from asl_pallas.kernels.sums import unpacked
+from asl_pallas.kernels.sums import packed_like, unpacked
 from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
@@ -101,7 +101,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         sums=of_spans,
         elements=result_like(operands.logits, of_elements, dtype),
         gradient=result_like(operands.logits, of_elements, operands.logits.dtype),
-        statistics=task.sums_like(_shapes(operands, task), of_spans),
+        statistics=task.sums_like(operands, of_spans),
     )
     ((value, gradient, sums),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, packed, ops),
@@ -120,20 +120,6 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     elif task.value is not None:
         value = value.reshape(rows, classes)
     return Result(value, gradient.reshape(rows, classes) if task.gradient else None, sums)
-
-
-def _shapes(operands: Operands, task: Task) -> Operands:
-    """Of a tile, as far as statistics depend on them."""
-    shape = operands.logits.shape
-
-    def of(name: str, array: Array) -> jax.ShapeDtypeStruct:
-        is_encoded = name in ENCODED and task.labels != "dense"
-        return jax.ShapeDtypeStruct(shape, bool) if is_encoded else jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-    tile = operands.map(of)
-    if operands.scalars is None:
-        return tile
-    return tile._replace(scalars=(jax.ShapeDtypeStruct((), operands.scalars.dtype),) * operands.scalars.size)
 
 
 def _is_flat(rows: int, classes: int, tile: Callable[[int, int], TritonTiling]) -> bool:
@@ -271,7 +257,7 @@ def _kernel(
     of_rows = outputs.value if task.value == "rows" else None, outputs.sums
     kept = of_rows
     if packed:
-        kept = outputs.value, outputs.sums._replace(counts=outputs.sums.counts._replace(dropped=None))
+        kept = outputs.value, packed_like(outputs.sums)
     partial = jax.tree.map(lambda _: jnp.zeros((tiling.rows, tiling.chunk), jnp.float32), kept)
     if begin < end:
         inner = jnp.maximum(first, begin), jnp.minimum(last, end)
@@ -282,8 +268,7 @@ def _kernel(
             *edges, lambda e, p: chunk(jnp.where(e < begin, e, e - begin + end), p, edge=True), partial
         )
     if packed:
-        losses, sums = partial
-        partial = losses, sums._replace(counts=unpacked(sums.counts))
+        partial = partial[0], unpacked(partial[1])
     for ref, sums in zip(jax.tree.leaves(of_rows), jax.tree.leaves(partial), strict=True):
         plgpu.store(ref.at[at_rows, pl.ds(j, 1)], jnp.sum(sums, axis=1, keepdims=True), mask=row_exists)
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from asl_pallas.label_sources import is_traced
 from asl_pallas.losses import link
 from asl_pallas.losses.ops import EXACT, Label, Ops, with_derivatives
 
@@ -174,7 +175,7 @@ class ElementwiseLoss:
     def check_bounds(self) -> None:
         """Raises ValueError for a hyper-parameter out of its bounds, where it can be looked at."""
         for name, value, bounds in hyperparameters(self):
-            if not isinstance(value, jax.core.Tracer):
+            if not is_traced(value):
                 bounds.check(name, value)
 
     def replaced(self, changes: dict[str, Any]) -> Self:

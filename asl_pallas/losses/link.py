@@ -7,9 +7,11 @@ and pi / (1 - pi) is their ratio. For cross-entropy, and for no other loss here,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import decimal
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ import numpy as np
 from jax import Array, lax
 from numpy.typing import NDArray
 
+from asl_pallas.label_sources import is_traced, unwrap
 from asl_pallas.losses.ops import EXACT, Label, Ops, is_static
 from asl_pallas.losses.pieces import LIMIT
 
@@ -36,8 +39,9 @@ def probability(loss: Any, logits: Any, pos_weight: Any, label_smoothing: float)
 def logit(loss: Any, probabilities: Any, pos_weight: Any, label_smoothing: float) -> Any:
     """`ElementwiseLoss.logit`."""
     p = _real("probability", probabilities)
-    if not _is_traced(p):
-        wrong = np.asarray(p)[~((np.asarray(p) >= 0) & (np.asarray(p) <= 1)) & ~np.isnan(np.asarray(p))]
+    if not is_traced(p):
+        known = np.asarray(p)
+        wrong = known[(known < 0) | (known > 1)]
         if wrong.size:
             raise ValueError(f"probability is {wrong.flat[0]}; expected 0 <= probability <= 1")
     return _apply(_logit, loss, "probability", p, pos_weight, label_smoothing)
@@ -47,7 +51,7 @@ def _apply(function: Any, loss: Any, name: str, x: Any, pos_weight: Any, label_s
     """In the logits' float32 or float64; for what NumPy and Python hold in float64, and back to NumPy."""
     x = _real(name, x)
     weight = None if pos_weight is None else _real("pos_weight", pos_weight)
-    if weight is not None and not _is_traced(weight) and not (np.isfinite(weight) & (np.asarray(weight) > 0)).all():
+    if weight is not None and not is_traced(weight) and not (np.isfinite(weight) & (np.asarray(weight) > 0)).all():
         raise ValueError(f"pos_weight={pos_weight!r}; expected numbers above 0 and finite")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
         raise TypeError(f"label_smoothing={label_smoothing!r}; expected a Python number")
@@ -225,7 +229,7 @@ def _share_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 def _check_that_it_rises(loss: Any) -> None:
     """Raises where the probability doesn't rise with the logit, as far as the hyper-parameters can be looked at."""
     leaves = jax.tree.leaves(loss)
-    if any(_is_traced(leaf) for leaf in leaves):
+    if any(is_traced(leaf) for leaf in leaves):
         return
     if not leaves:
         _check_numbers(loss, tuple(map(type, dataclasses.astuple(loss))))
@@ -280,7 +284,7 @@ def _real(name: str, x: Any) -> Any:
     """A real array, of JAX or of NumPy."""
     if not isinstance(x, jax.Array):
         try:
-            x = np.asarray(x.__jax_array__() if hasattr(x, "__jax_array__") else x)
+            x = np.asarray(unwrap(x))
         except ValueError as error:
             raise ValueError(f"{name}: expected an array, and this is none: {error}") from error
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
@@ -288,23 +292,13 @@ def _real(name: str, x: Any) -> Any:
     return x
 
 
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
-class _float64_on_host:
+@contextlib.contextmanager
+def _float64_on_host() -> Iterator[None]:
     """Computes in float64 on the CPU, whatever JAX counts in and wherever else it computes."""
-
-    def __enter__(self) -> None:
-        self._x64 = jax.enable_x64(True)
+    with jax.enable_x64(True):
         try:
             cpu: Any = jax.local_devices(backend="cpu")[0]
         except RuntimeError:  # JAX_PLATFORMS names others alone
             cpu = None
-        self._device = jax.default_device(cpu)
-        self._x64.__enter__()
-        self._device.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._device.__exit__(*error)
-        self._x64.__exit__(*error)
+        with jax.default_device(cpu):
+            yield
