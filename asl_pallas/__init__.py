@@ -9,18 +9,21 @@ from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.prior import PriorLogitInit, decision_logit, label_frequencies, prior_logits
-from asl_pallas.statistics import Statistics
+from asl_pallas.ranking import TopKStatistics
+from asl_pallas.statistics import ClassStatistics, Statistics
 
 __all__ = [
     "EXPORT_CHECKS",
     "AdaptiveAsymmetry",
     "AsymmetricLoss",
     "AsymmetryState",
+    "ClassStatistics",
     "PackedLabels",
     "PartialLabels",
     "PriorLogitInit",
     "SparseLabels",
     "Statistics",
+    "TopKStatistics",
     "asymmetric_loss",
     "checked_labels",
     "decision_logit",

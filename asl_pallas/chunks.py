@@ -45,17 +45,19 @@ class Arrays(NamedTuple):
     negatives: Any = None
     vectors: tuple[Array, ...] = ()
     scalars: Any = None
+    decisions: tuple[Array, ...] = ()
 
 
 class Found(NamedTuple):
     """value: (...,), one loss an example; features, kernel, bias: their gradients, that of the features in the compute
-    dtype, the others in their own; sums: `Sums` of (...,). None where not asked for."""
+    dtype, the others in their own; sums: `Sums` of (...,); of_classes: `ClassSums`. None where not asked for."""
 
     value: Any = None
     features: Any = None
     kernel: Any = None
     bias: Any = None
     sums: Any = None
+    of_classes: Any = None
 
     def summed(self) -> Found:
         """Over all examples."""
@@ -109,7 +111,9 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     features = features.reshape(math.prod(leading), depth)
     chunk = work.chunk or head_chunk(features.shape[0], classes)
     around = Operands(
-        *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent), vectors=arrays.vectors
+        *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent),
+        vectors=arrays.vectors,
+        decisions=arrays.decisions,
     )
 
     def one(start: Any, size: int, found: Found) -> Found:
@@ -136,13 +140,14 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             reason = kernels.refusal(work.implementation, tile, task.labels)
             if reason is not None:
                 raise NotImplementedError(f"implementation={work.implementation!r} can't serve this call: {reason}")
-        value, gradient, sums = kernels.run(task, tile, work.implementation, work.interpret)
+        value, gradient, sums, of_classes = kernels.run(task, tile, work.implementation, work.interpret)
         sums = jax.tree.map(jnp.add, found.sums, sums)
+        of_classes = jax.tree.map(lambda all, part: _put(all, part, start), found.of_classes, of_classes)
         if value is not None:
             total, lost = found.value
             value = add_exactly(total, lost, value)
         if gradient is None:
-            return Found(value, sums=sums)
+            return Found(value, sums=sums, of_classes=of_classes)
         gradient = gradient.reshape(features.shape[0], size)
         of_features, of_kernel, of_bias = found.features, found.kernel, found.bias
         if "bias" in work.gradients:
@@ -153,7 +158,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         if "kernel" in work.gradients:
             of_chunk = _product(features, gradient, (0, 0), dtype, work.precision)
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
-        return Found(value, of_features, of_kernel, of_bias, sums)
+        return Found(value, of_features, of_kernel, of_bias, sums, of_classes)
 
     everything = around._replace(
         logits=jax.ShapeDtypeStruct((*leading, classes), dtype),
@@ -167,6 +172,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
         sums=task.sums_like(everything, jnp.zeros(leading, dtype)),
+        of_classes=task.class_sums_like(everything, jnp.zeros(classes, dtype)),
     )
     nothing, _ = unify_varying_axes((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.

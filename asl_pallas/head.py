@@ -19,13 +19,14 @@ from asl_pallas.chunks import PARAMETERS, Arrays, Work
 from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.summation import sum_over
+from asl_pallas.kernels.sums import ClassSums
 from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
-from asl_pallas.statistics import Statistics, of_sums
+from asl_pallas.statistics import Statistics, of_sums, with_classes
 
 
 @explains_foreign_names
@@ -130,6 +131,7 @@ def linear_multilabel_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     statistics: bool = False,
+    decision_logits: ArrayLike | None = None,
     precision: Any = None,
     features_spec: PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,
@@ -141,7 +143,7 @@ def linear_multilabel_loss(
       loss: a loss object, as in `multilabel_loss`.
       features, kernel, labels, bias, chunk_size, axis, precision, features_spec, kernel_spec, implementation: as in
         `linear_asymmetric_loss`.
-      where, weights, pos_weight, ignore_label, label_smoothing, statistics: as in `multilabel_loss`.
+      where, weights, pos_weight, ignore_label, label_smoothing, statistics, decision_logits: as in `multilabel_loss`.
 
     Returns:
       The loss, float32, or float64 for float64 features, see `linear_asymmetric_loss`; with statistics=True the pair of
@@ -167,6 +169,7 @@ def linear_multilabel_loss(
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         statistics=statistics,
+        decision_logits=decision_logits,
         precision=precision,
         features_spec=features_spec,
         kernel_spec=kernel_spec,
@@ -209,8 +212,8 @@ def _linear_loss(
     execution = _Execution(function, work, total=checked.axes == tuple(range(logits.ndim)), layout=None)
     specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
     arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
-    losses, found = _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
-    return (losses, found) if checked.task.statistics else losses
+    losses, statistics, of_classes = _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
+    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -220,7 +223,7 @@ def _compiled(
     specs: tuple[PartitionSpec | None, PartitionSpec | None],
     constants: tuple[str, ...],
     arrays: Arrays,
-) -> tuple[Array, Statistics | None]:
+) -> tuple[Array, Statistics | None, ClassSums | None]:
     shape = (*arrays.features.shape[:-1], arrays.kernel.shape[1])
     arrays = call.laid_out(
         execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
@@ -232,11 +235,12 @@ def _compiled(
         execution = dataclasses.replace(execution, layout=layout)
         arrays = head_sharding.lay(arrays, execution.work.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses, sums = vjp.loss(execution, unify_varying_axes(arrays))
+    losses, (sums, of_classes) = vjp.loss(execution, unify_varying_axes(arrays))
     elements = math.prod(shape) if execution.total else shape[-1]
     found = losses, None if sums is None else of_sums(losses, sums, elements)
     others = () if execution.total else tuple(axis for axis in axes if axis != len(shape) - 1)
-    return jax.tree.map(lambda part: sum_over(part, others), found)
+    losses, statistics = jax.tree.map(lambda part: sum_over(part, others), found)
+    return losses, statistics, of_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +280,7 @@ class _Execution:
         gradients = {name: getattr(found, name) for name in self.work.gradients}
         if "features" in gradients:
             gradients["features"] = gradients["features"].astype(arrays.features.dtype)
-        return vjp.Outputs(found.value, gradients, found.sums)
+        return vjp.Outputs(found.value, gradients, (found.sums, found.of_classes))
 
     def gives_both(self, arrays: Arrays, wanted: tuple[str, ...]) -> bool:
         """For the total alone: a loss per example has a cotangent per example, which belongs under the sum over them.

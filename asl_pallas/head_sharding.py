@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from asl_pallas import chunks
 from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Work
-from asl_pallas.kernels.tile import ENCODED, Form
+from asl_pallas.kernels.tile import ENCODED, VECTORS, Form
 from asl_pallas.kernels.versions import vary_as_operands
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 
@@ -132,7 +132,7 @@ def _specs(arrays: Arrays, form: Form, layout: HeadLayout) -> Any:
             specs[name] = None
         elif name in ENCODED:
             specs[name] = like_logits(array, array.shape[-1] if _is_cut(form, classes, layout) else ALIKE)
-        elif name == "vectors":
+        elif name in VECTORS:
             specs[name] = tuple(like_logits(vector, classes) for vector in array)
         elif name not in specs:
             specs[name] = like_logits(array, classes)
@@ -149,7 +149,7 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool) -> Fo
         found = chunks.run(work, _own_labels(form, arrays, classes, layout), _exchange(layout))
         if total:
             found = found.summed()
-        value, features, kernel, bias, sums = found
+        value, features, kernel, bias, sums, of_classes = found
         # One sum over the devices for all of these numbers.
         value, sums = _sum((value, sums), (*layout.examples, *layout.classes) if total else layout.classes)
         return Found(
@@ -158,6 +158,7 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool) -> Fo
             kernel,
             bias if bias is None else _sum(bias, layout.examples),
             sums,
+            None if of_classes is None else _sum(of_classes, layout.examples),
         )
 
     of_examples = PartitionSpec() if total else PartitionSpec(*specs.features[:-1])
@@ -167,8 +168,10 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool) -> Fo
         kernel=specs.kernel,
         bias=specs.bias,
         sums=of_examples,
+        of_classes=PartitionSpec(layout.classes or None),
     )
     wanted = (*work.gradients, *(["value"] if work.task.value else []), *(["sums"] if work.task.statistics else []))
+    wanted += ("of_classes",) if work.task.statistics and arrays.decisions else ()
     out_specs = Found(**{name: getattr(results, name) for name in wanted})
     return _shard_map(body, layout, specs, out_specs)(lay(arrays, form, layout))
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from asl_pallas.kernels import xla
+from asl_pallas.kernels import of_classes, xla
 from asl_pallas.kernels.platforms import Code, by_platform
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
@@ -115,13 +115,21 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     The operands have any number of leading dimensions; each has the logits' rank, and may be constant along some.
     """
     leading = operands.logits.shape[:-1]
+    by_class = operands if task.statistics and operands.decisions else None
+    operands = operands._replace(decisions=())
     if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
-        return xla.run(task, operands)
-    value, gradient, sums = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
+        found = xla.run(task, operands)
+        return found if by_class is None else found._replace(of_classes=of_classes.sums(task, by_class))
+    sums_of_classes = None
+    if by_class is not None:
+        matrices = lax.stop_gradient(unify_varying_axes(_matrices(by_class)))
+        sums_of_classes = by_platform(matrices, of_classes.SumsCode(task))
+    value, gradient, sums, _ = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
     sums = jax.tree.map(lambda part: part.reshape(leading), sums)
-    return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape), sums)
+    gradient = None if gradient is None else gradient.reshape(operands.logits.shape)
+    return Result(value, gradient, sums, sums_of_classes)
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
@@ -214,7 +222,7 @@ def _chosen(task: Task, asked: tuple[bool, ...], function: Callable[[Operands], 
     """The function, with the results that are asked for alone, in a list."""
 
     def chosen(operands: Operands) -> list[Any]:
-        value, gradient, sums = function(operands)
+        value, gradient, sums, _ = function(operands)
         there = [*([value] if task.value else []), *([gradient] if task.gradient else []), *jax.tree.leaves(sums)]
         return [part for part, wanted in zip(there, asked, strict=True) if wanted]
 

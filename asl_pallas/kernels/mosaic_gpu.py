@@ -81,7 +81,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if any(sharding.spec):
         # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.
         whole = jax.tree.map(lambda array: jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())), operands)
-        value, gradient, _ = run(task, whole, interpret=interpret)
+        value, gradient, *_ = run(task, whole, interpret=interpret)
         by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
         return Result(
             None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),

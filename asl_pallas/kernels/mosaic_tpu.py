@@ -125,7 +125,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             scratch = scratch._replace(total=partial, lost=partial)
 
     moved = jax.tree.leaves((inputs, results))
-    ((value, gradient, sums),) = pl.pallas_call(
+    ((value, gradient, sums, _),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, ops, (rows, classes), stages, packed),
         grid=grid,
         in_specs=[specs],

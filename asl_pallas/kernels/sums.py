@@ -49,6 +49,27 @@ class Sums(NamedTuple):
     slopes_of_positives: Any
 
 
+class ClassSums(NamedTuple):
+    """Sums over the examples, of each class.
+
+    Attributes:
+      annotated, positives: as in `Counts`.
+      probability: p, by the sigmoid.
+      probability_of_positives: that of the positives.
+      losses: with their weights.
+      predicted: for each decision, how many logits are at or above it.
+      true: how many of these are positives.
+    """
+
+    annotated: Any
+    positives: Any
+    probability: Any
+    probability_of_positives: Any
+    losses: Any
+    predicted: tuple[Any, ...]
+    true: tuple[Any, ...]
+
+
 def packed_like(sums: Sums) -> Sums:
     """Without a place for what is packed into another."""
     return sums._replace(counts=sums.counts._replace(dropped=None))

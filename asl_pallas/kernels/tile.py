@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.kernels.sums import PACKED, Counts, Sums
+from asl_pallas.kernels.sums import PACKED, ClassSums, Counts, Sums
 from asl_pallas.losses.base import ElementwiseLoss
 from asl_pallas.losses.ops import EXACT, Label, Ops
 from asl_pallas.losses.pieces import bounded_exp, unless_infinite
@@ -38,6 +38,7 @@ class Operands(NamedTuple):
     rounded to the logits' dtype.
     vectors: (1, classes) each, or as `where`: the hyper-parameters that are arrays, in the loss's order.
     scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
+    decisions: (1, classes) each, logits from which on a class counts as predicted. No kernel sees them.
 
     A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
     """
@@ -51,19 +52,22 @@ class Operands(NamedTuple):
     negatives: Any = None
     vectors: tuple[Any, ...] = ()
     scalars: Any = None
+    decisions: tuple[Any, ...] = ()
 
     def map(self, function: Callable[..., Any], *others: Operands) -> Operands:
         """function(name, array, *the others' own) in the place of each array that a tile has a part of.
 
-        The scalars stay as they are. Entries of `vectors` share that name.
+        The scalars stay as they are. Entries of `vectors` share that name, and so do those of `decisions`.
         """
 
         def of(name: str, value: Any, *parts: Any) -> Any:
             return None if value is None else function(name, value, *parts)
 
         mapped = {name: of(name, getattr(self, name), *(getattr(o, name) for o in others)) for name in _BY_TILE}
-        vectors = zip(self.vectors, *(other.vectors for other in others), strict=True)
-        return Operands(**mapped, vectors=tuple(of("vectors", *parts) for parts in vectors), scalars=self.scalars)
+        for name in VECTORS:
+            entries = zip(getattr(self, name), *(getattr(other, name) for other in others), strict=True)
+            mapped[name] = tuple(of(name, *parts) for parts in entries)
+        return Operands(**mapped, scalars=self.scalars)
 
     def arrays(self) -> list[tuple[str, Any]]:
         """Each with its name: what a tile has a part of."""
@@ -77,6 +81,8 @@ def index_where_it_varies(shape: tuple[int, ...], here: tuple[Any, ...], constan
     return tuple(h if n > 1 else c for n, h, c in zip(shape, here, constant, strict=True))
 
 
+# Fields that are tuples of arrays.
+VECTORS = ("vectors", "decisions")
 _BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
 # Operands that are words or ids where the task's labels aren't dense.
 ENCODED = ("labels", "negatives")
@@ -84,7 +90,7 @@ ENCODED = ("labels", "negatives")
 
 class Result(NamedTuple):
     """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype;
-    sums: `Sums` of (rows,).
+    sums: `Sums` of (rows,); of_classes: `ClassSums` of (classes,), which no kernel gives.
 
     Arrays, or None where the task asks for none. Of a tile all are numbers per element, and counts are left out.
     """
@@ -92,6 +98,7 @@ class Result(NamedTuple):
     value: Any
     gradient: Any
     sums: Any = None
+    of_classes: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +138,13 @@ class Task:
             tile = tile._replace(scalars=(jax.ShapeDtypeStruct((), scalars.dtype),) * scalars.size)
         return jax.tree.map(lambda _: one, jax.eval_shape(both, tile))
 
+    def class_sums_like(self, operands: Operands, one: Any) -> Any:
+        """`ClassSums` with `one` in each place, None where the task asks for none."""
+        if not (self.statistics and operands.decisions):
+            return None
+        by_decision = (one,) * len(operands.decisions)
+        return ClassSums(one, one, one, one, one, predicted=by_decision, true=by_decision)
+
     @property
     def kernel_name(self) -> str:
         """As profilers show it."""
@@ -158,7 +172,7 @@ class Task:
             of_positives, of_negatives = (self._weighted(side, tile, keep) for side in sides)
             slopes_of_positives = jnp.abs(of_positives.gradient)
             slopes = slopes_of_positives + jnp.abs(of_negatives.gradient)
-            return self._with_sums(result, Sums(None, of_positives.value, slopes, slopes_of_positives))
+            return self._with_sums(*ops.aside((result, Sums(None, of_positives.value, slopes, slopes_of_positives))))
         label = self._label_of(labels, tile.negatives)._replace(dtype=x.dtype)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
@@ -169,6 +183,7 @@ class Task:
         result = self._weighted(result, tile, keep)
         if not self.statistics:
             return result
+        result = ops.aside(result)
         # Once a label is loaded again it is unpacked again.
         infers = ops.infer_label_from_slope and loss.slope_tells_label
         positive = slope < 0.0 if infers else label.positive
@@ -199,7 +214,7 @@ class Task:
             y = _between_0_and_1(labels).astype(x.dtype)
             e = bounded_exp(x, ops)
             right = ops.reciprocal(1.0 + e)
-            p = e * right
+            p, right = ops.aside((e * right, right))
             counts = Counts(
                 annotated=one,
                 positives=y,
@@ -210,7 +225,7 @@ class Task:
         else:
             label = self._label_of(labels, tile.negatives)
             e = bounded_exp(ops.negate(jnp.asarray(label.positive), x), ops)
-            wrong = e * ops.reciprocal(1.0 + e)
+            wrong = ops.aside(e * ops.reciprocal(1.0 + e))
             dropped: Any = None
             if margin is not None:
                 dropped = jnp.where(wrong <= margin, float(PACKED) if packed else one, zero)
@@ -370,7 +385,7 @@ class Task:
         return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
 
     def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
-        value, gradient, _ = result
+        value, gradient = result.value, result.gradient
         if tile.weights is not None:
             weights = tile.weights.astype(compute_dtype(tile.logits.dtype))
             value = None if value is None else value * weights

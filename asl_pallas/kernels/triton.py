@@ -103,7 +103,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         gradient=result_like(operands.logits, of_elements, operands.logits.dtype),
         statistics=task.sums_like(operands, of_spans),
     )
-    ((value, gradient, sums),) = pl.pallas_call(
+    ((value, gradient, sums, _),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, packed, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[results],
