@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import labels_of, logits_of
+from cases import interpreted, labels_of, logits_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sklearn import metrics
@@ -85,12 +85,14 @@ def test_they_are_the_sums_over_the_examples(form, shape):
     assert_same(by_class(AsymmetricLoss(), x, FORMS[form](y)), truth(x, y))
 
 
-@pytest.mark.mostly_long(short=2)
-def test_they_come_beside_any_kernel(implementation):
+@pytest.mark.mostly_long(short=3)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decisions", [DECISION, SEVERAL], ids=["one", "several"])
+def test_they_come_beside_any_kernel(implementation, form, decisions):
     x, y = logits_of(SHAPE), labels_of(SHAPE)
-    options = {"axis": None, "statistics": True, "decision_logits": DECISION, "implementation": implementation}
-    loss, statistics = multilabel_loss(AsymmetricLoss(), x, y, **options)
-    assert_same(statistics.by_class, truth(x, y))
+    options = {"axis": None, "statistics": True, "decision_logits": decisions, "implementation": implementation}
+    loss, statistics = multilabel_loss(AsymmetricLoss(), x, FORMS[form](y), **options)
+    assert_same(statistics.by_class, truth(x, y, decisions))
     np.testing.assert_allclose(np.sum(statistics.by_class.loss), loss, rtol=1e-5)
 
 
@@ -106,8 +108,9 @@ def test_decision_logits_of_any_shape(shape):
 
 @pytest.mark.mostly_long(short=2)
 @pytest.mark.parametrize("case", ["where", "weights", "soft", "ignore", "bfloat16"])
-def test_masks_weights_and_soft_labels(case):
-    shape = (300, 400)
+@pytest.mark.parametrize("kernel", [None, "mosaic_tpu"])
+def test_masks_weights_and_soft_labels(case, kernel):
+    shape = (300, 400) if kernel is None else (70, 400)
     random = np.random.default_rng(0)
     x, y = logits_of(shape), labels_of(shape)
     keep = random.random(shape) < 0.8
@@ -120,7 +123,7 @@ def test_masks_weights_and_soft_labels(case):
         options, expected = {"ignore_label": -1}, {"keep": keep}
         given, labels = x, np.where(keep, y, -1).astype(np.int8)
     elif case == "weights":
-        weights = random.random((300, 1)).astype(np.float32)
+        weights = random.random((shape[0], 1)).astype(np.float32)
         options = expected = {"weights": weights}
         given, labels = x, y
     elif case == "soft":
@@ -129,7 +132,9 @@ def test_masks_weights_and_soft_labels(case):
     else:
         given, labels = jnp.asarray(x, jnp.bfloat16), y
         x = np.asarray(given.astype(jnp.float32))
-    assert_same(by_class(AsymmetricLoss(), given, labels, **options), truth(x, y, **expected))
+    with interpreted(kernel):
+        found = by_class(AsymmetricLoss(), given, labels, implementation=kernel, **options)
+    assert_same(found, truth(x, y, **expected))
 
 
 def test_what_is_not_annotated_is_in_no_count():

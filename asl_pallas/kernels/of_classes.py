@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from asl_pallas.bits import pack_ids
-from asl_pallas.kernels.platforms import Code
 from asl_pallas.kernels.row_blocks import rows_of_a_block, walk
 from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.sums import ClassSums
@@ -39,44 +37,22 @@ def _of_elements(task: Task, operands: Operands, ops: Ops) -> ClassSums:
     ops = dataclasses.replace(ops, signed_per_element=True)
     losses = ops.aside(by_element.evaluate(operands, ops=ops).value)
     counts = task.count(operands, ops=ops)
-    x = operands.logits.astype(losses.dtype)
     annotated = jnp.ones_like(losses) if counts.annotated is None else counts.annotated
+    predicted = task.predict(operands, counts)
     right_of_positives = counts.positives - counts.wrong_of_positives
-
-    def predicted(part: Array) -> tuple[Array, ...]:
-        return tuple(jnp.where(x >= decision, part, jnp.zeros_like(part)) for decision in operands.decisions)
-
     return ClassSums(
         annotated=annotated,
         positives=counts.positives,
         probability=right_of_positives + (counts.wrong - counts.wrong_of_positives),
         probability_of_positives=right_of_positives,
         losses=losses,
-        predicted=predicted(annotated),
-        true=predicted(counts.positives),
+        predicted=tuple(all for all, _ in predicted),
+        true=tuple(true for _, true in predicted),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class SumsCode:
-    """`sums` of matrices, by platform."""
-
-    task: Task
-
-    def __call__(self, asked: tuple[bool, ...]) -> Code:
-        def chosen(function: Callable[[Task, Operands], ClassSums]) -> Callable[[Operands], Any]:
-            def run(operands: Operands) -> Any:
-                found = function(self.task, operands)
-                if not asked:
-                    return found
-                return [part for part, one in zip(jax.tree.leaves(found), asked, strict=True) if one]
-
-            return run
-
-        return chosen(sums), {"cpu": chosen(_by_blocks), "default": chosen(sums)}
-
-
-def _by_blocks(task: Task, operands: Operands) -> ClassSums:
+def sums_by_blocks(task: Task, operands: Operands) -> ClassSums:
+    """For the CPU, whose cache a block stays in."""
     rows, classes = operands.logits.shape
     if task.labels == "sparse":
         operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)

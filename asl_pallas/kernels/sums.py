@@ -77,6 +77,15 @@ def packed_like(sums: Sums) -> Sums:
 
 def unpacked(sums: Sums) -> Sums:
     """Of sums whose positives are packed."""
-    counts = sums.counts
-    dropped = jnp.floor(counts.positives * (1 / PACKED))
-    return sums._replace(counts=counts._replace(positives=counts.positives - dropped * PACKED, dropped=dropped))
+    return sums._replace(counts=unpacked_counts(sums.counts))
+
+
+def unpacked_counts(counts: Counts) -> Counts:
+    positives, dropped = unpack_two(counts.positives)
+    return counts._replace(positives=positives, dropped=dropped)
+
+
+def unpack_two(packed: Any) -> tuple[Any, Any]:
+    """The count, and the one that is in it `PACKED` times."""
+    above = jnp.floor(packed * (1 / PACKED))
+    return packed - above * PACKED, above

@@ -243,6 +243,27 @@ class Task:
             counts = counts._replace(annotated=None)
         return counts if keep is None else jax.tree.map(lambda part: jnp.where(keep, part, zero), counts)
 
+    def predict(
+        self, tile: Operands, counts: Counts, valid: Array | None = None, packed: bool = False
+    ) -> tuple[Any, ...]:
+        """Each element's part of what is `predicted` and `true` of `ClassSums`, a pair for each decision.
+
+        With counts that are `PACKED` one number for both: predicted, and that many times what is true.
+        """
+        x, _, keep = self._read(tile, valid)
+        one, zero = jnp.ones_like(x), jnp.zeros_like(x)
+        kept = keep if counts.annotated is None else counts.annotated != 0.0
+        annotated = one if kept is None else jnp.where(kept, one, zero)
+
+        def of_decision(decision: Array) -> Any:
+            above = x >= decision.astype(x.dtype)
+            if packed:
+                both = jnp.where(counts.positives == 1.0, 1.0 + PACKED, one)
+                return jnp.where(above if kept is None else jnp.logical_and(above, kept), both, zero)
+            return tuple(jnp.where(above, part, zero) for part in (annotated, counts.positives))
+
+        return tuple(map(of_decision, tile.decisions))
+
     def _bound(self, tile: Operands) -> ElementwiseLoss:
         """The loss with the tile's hyper-parameters."""
         return self.loss.bind(() if tile.scalars is None else tuple(tile.scalars), tile.vectors)

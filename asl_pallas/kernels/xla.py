@@ -26,6 +26,7 @@ _UNPACKED = 1024  # classes
 def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     classes = operands.logits.shape[-1]
+    operands = operands._replace(decisions=())
     operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
     value, gradient, sums, _ = task.evaluate(operands, ops=ops)
     if task.statistics:
