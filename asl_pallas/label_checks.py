@@ -110,7 +110,7 @@ def _first_bad(labels: Array, where: Array | None, others: tuple[int, ...]) -> t
         if not bad.size:
             return jnp.any(bad), jnp.zeros((), labels.dtype)
         # No index: JAX makes its constants while it traces, which a transfer guard forbids.
-        is_first = lax.iota(jnp.int32, bad.size) == jnp.argmax(bad)
+        is_first = lax.iota(jnp.int32, bad.size) == lax.argmax(bad, 0, jnp.int32)
         return jnp.any(bad), jnp.sum(jnp.where(is_first, labels.reshape(-1), 0), dtype=labels.dtype)
 
     return on_any_mesh(look, labels, where)

@@ -87,6 +87,13 @@ def setting(name: str, value: Any) -> Iterator[None]:
         config.update(name, before)
 
 
+@contextlib.contextmanager
+def strict_in_64_bits():
+    """Where an index of JAX's own has another width than one of ours."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 SWITCHES: dict[str, Callable[[], Any]] = {
     "disable_jit": jax.disable_jit,
     "debug_nans": lambda: jax.debug_nans(True),
@@ -98,13 +105,14 @@ SWITCHES: dict[str, Callable[[], Any]] = {
     "strict dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
     "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
     "x64": lambda: jax.enable_x64(True),
+    "strict in x64": strict_in_64_bits,
     "traceback filtering": lambda: setting("jax_traceback_filtering", "off"),
     "no traceback in locations": lambda: setting("jax_include_full_tracebacks_in_locations", False),
 }
 
 
 # Switches that every operation meets go with every function and form, others with loss and head and the three forms.
-OF_OPERATIONS = ("disable_jit", "debug_nans", "strict dtype promotion", "rank promotion", "x64")
+OF_OPERATIONS = ("disable_jit", "debug_nans", "strict dtype promotion", "rank promotion", "x64", "strict in x64")
 FEW = [(loss, "int8"), (loss, "packed"), (head, "sparse")]
 MORE = [
     *((losses_per_element, "bool"), (losses_per_class, "soft"), (loss, "sparse")),
