@@ -112,7 +112,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return run(operands)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    (value, gradient, _), _ = unify_varying_axes((call(flat), operands.logits))
+    found, _ = unify_varying_axes((call(flat), operands.logits))
+    value, gradient = found.value, found.gradient
     if task.value is not None:
         value = value.reshape(results.value.shape)
     if task.value == "rows":
