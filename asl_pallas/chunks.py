@@ -21,9 +21,10 @@ from jax import Array, lax
 
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
+from asl_pallas.kernels.platforms import likely_platform
 from asl_pallas.kernels.summation import add_exactly, sum_over, total_of
-from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype, is_annotated
-from asl_pallas.kernels.tiling import head_chunk
+from asl_pallas.kernels.tile import ALIGNED_CLASSES, Form, Operands, Task, compute_dtype, is_annotated
+from asl_pallas.kernels.tiling import LARGEST_INT32, head_chunk
 from asl_pallas.kernels.versions import unify_varying_axes
 
 
@@ -103,17 +104,28 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     *leading, depth = arrays.features.shape
     classes = arrays.kernel.shape[-1]
     dtype = compute_dtype(arrays.features.dtype)
-    task = dataclasses.replace(work.task, gradient=bool(work.gradients))
+    # Rounded where it is computed: a pass of its own would read and write the chunk once more.
+    rounded = arrays.features.dtype.name
+    task = dataclasses.replace(work.task, gradient=bool(work.gradients), gradient_dtype=rounded)
     # What has no gradient at all may be NaN: 0 times a NaN is one, and would go into the other factor's gradient.
     features = arrays.features
     if (counts := _counts(task, arrays.where, arrays.labels)) is not None:
         features = jnp.where(counts.any(-1, keepdims=True), features, jnp.zeros_like(features))
     features = features.reshape(math.prod(leading), depth)
-    chunk = work.chunk or head_chunk(features.shape[0], classes)
+    chunk = work.chunk or head_chunk(features.shape[0], classes, likely_platform())
     around = Operands(
         *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent),
         vectors=arrays.vectors,
         decisions=arrays.decisions,
+    )
+
+    # Labels of all classes are read in their place, where a slice of them would be copied.
+    in_place = (
+        task.labels == "dense"
+        and chunk % ALIGNED_CLASSES == 0
+        and classes % ALIGNED_CLASSES == 0
+        and isinstance(arrays.labels.size, int)
+        and arrays.labels.size <= LARGEST_INT32
     )
 
     def one(start: Any, size: int, found: Found) -> Found:
@@ -136,6 +148,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
             negatives = _labels_of(task.labels, negatives, start, size, chunk)
         logits = logits.reshape(*leading, size)
         tile = around.map(part)._replace(logits=logits, labels=labels, negatives=negatives, scalars=arrays.scalars)
+        if in_place:
+            tile = tile._replace(labels=arrays.labels, first_class=jnp.asarray(start, jnp.int32)[None])
         if work.implementation not in (None, kernels.PLAIN):
             reason = kernels.refusal(work.implementation, tile, task.labels)
             if reason is not None:
@@ -151,12 +165,13 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         gradient = gradient.reshape(features.shape[0], size)
         of_features, of_kernel, of_bias = found.features, found.kernel, found.bias
         if "bias" in work.gradients:
-            of_bias = _put(of_bias, jnp.sum(gradient, axis=0), start)
-        gradient = gradient.astype(features.dtype)
+            of_bias = _put(of_bias, jnp.sum(gradient, axis=0, dtype=dtype), start)
         if "features" in work.gradients:
             of_features = of_features + _product(gradient, kernel, (1, 1), dtype, work.precision)
         if "kernel" in work.gradients:
-            of_chunk = _product(features, gradient, (0, 0), dtype, work.precision)
+            # Nothing is added to it on this device, so the product itself may round it.
+            own = of_kernel.dtype if of_kernel.dtype == features.dtype else dtype
+            of_chunk = _product(features, gradient, (0, 0), own, work.precision)
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
         return Found(value, of_features, of_kernel, of_bias, sums, of_classes)
 
@@ -169,7 +184,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     nothing = Found(
         value=None if task.value is None else (jnp.zeros(leading, dtype),) * 2,
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
-        kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
+        # Every class of it is written.
+        kernel=lax.empty(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
         sums=task.sums_like(everything, jnp.zeros(leading, dtype)),
         of_classes=task.class_sums_like(everything, jnp.zeros(classes, dtype)),
@@ -239,7 +255,8 @@ def top_k(
 
     # The first k classes start the list, so that nothing made up is ever in it.
     best = tuple(lax.top_k(scores_of(0, k), k))
-    scores, ids = over_chunks(one, best, classes, chunk or head_chunk(rows.shape[0], classes), start=k)
+    chunk = chunk or head_chunk(rows.shape[0], classes, likely_platform())
+    scores, ids = over_chunks(one, best, classes, chunk, start=k)
     return scores.reshape(*leading, k), ids.reshape(*leading, k)
 
 

@@ -193,8 +193,10 @@ class _TaskCode:
         So a kernel is chosen by how many rows there are in all, and runs once.
         """
         rows, classes = self.shapes.logits.shape
-        if not all((mapped.logits, mapped.labels, mapped.negatives is not False)) or operands.decisions:
-            return None  # sums over the examples are each example's own
+        if not all((mapped.logits, mapped.labels, mapped.negatives is not False)):
+            return None
+        if operands.decisions or mapped.first_class:
+            return None  # sums over the examples, and labels' places, are each example's own
         size = operands.logits.shape[0]
         loss = self.task.loss
         if mapped.scalars:
@@ -275,6 +277,7 @@ def _with_classes(
 ) -> Result:
     """`run`, and by class `sums` in a pass of their own where it doesn't give them."""
     found = run(task, operands)
+    operands = operands.own_labels()
     missing = task.statistics and operands.decisions and found.of_classes is None
     return found._replace(of_classes=sums(task, operands)) if missing else found
 

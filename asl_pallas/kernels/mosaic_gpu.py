@@ -74,6 +74,7 @@ def arithmetic(task: Task, operands: Operands) -> Ops:
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
+    operands = operands.own_labels()
     rows, classes = operands.logits.shape
     if classes < MOSAIC_GPU_CLASSES:
         raise NotImplementedError(f"mosaic_gpu walks rows of at least {MOSAIC_GPU_CLASSES} classes, and has {classes}")
@@ -89,7 +90,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         )
     operands = operands.map(lambda _, array: _loadable(array, classes))
     elements = _Shape((rows, classes), compute_dtype(operands.logits.dtype))
-    gradient = _Shape((rows, classes), operands.logits.dtype)
+    gradient = _Shape((rows, classes), task.gradient_of(operands.logits))
     stored = task.results(elements=elements, gradient=gradient)
     by_engine = all(result.is_aligned for result in stored if result is not None)
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)

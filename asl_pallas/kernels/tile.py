@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from asl_pallas.bits import pack_ids, unpack
 from asl_pallas.kernels.sums import PACKED, ClassSums, Counts, Sums
@@ -38,7 +38,9 @@ class Operands(NamedTuple):
     rounded to the logits' dtype.
     vectors: (1, classes) each, or as `where`: the hyper-parameters that are arrays, in the loss's order.
     scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
-    decisions: (1, classes) each, logits from which on a class counts as predicted. No kernel sees them.
+    decisions: (1, classes) each, logits from which on a class counts as predicted.
+    first_class: (1,), int32, or None: dense labels are those of more classes, whose first is here. A multiple of
+    `ALIGNED_CLASSES`, as the number of these classes is.
 
     A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
     """
@@ -53,6 +55,14 @@ class Operands(NamedTuple):
     vectors: tuple[Any, ...] = ()
     scalars: Any = None
     decisions: tuple[Any, ...] = ()
+    first_class: Any = None
+
+    def own_labels(self) -> Operands:
+        """With the labels of the logits' classes alone."""
+        if self.first_class is None:
+            return self
+        labels = lax.dynamic_slice_in_dim(self.labels, self.first_class[0], self.logits.shape[-1], self.labels.ndim - 1)
+        return self._replace(labels=labels, first_class=None)
 
     def map(self, function: Callable[..., Any], *others: Operands) -> Operands:
         """function(name, array, *the others' own) in the place of each array that a tile has a part of.
@@ -67,7 +77,7 @@ class Operands(NamedTuple):
         for name in VECTORS:
             entries = zip(getattr(self, name), *(getattr(other, name) for other in others), strict=True)
             mapped[name] = tuple(of(name, *parts) for parts in entries)
-        return Operands(**mapped, scalars=self.scalars)
+        return Operands(**mapped, scalars=self.scalars, first_class=self.first_class)
 
     def arrays(self) -> list[tuple[str, Any]]:
         """Each with its name: what a tile has a part of."""
@@ -81,6 +91,8 @@ def index_where_it_varies(shape: tuple[int, ...], here: tuple[Any, ...], constan
     return tuple(h if n > 1 else c for n, h, c in zip(shape, here, constant, strict=True))
 
 
+# What a vector of one-byte labels begins at a multiple of.
+ALIGNED_CLASSES = 16
 # Fields that are tuples of arrays.
 VECTORS = ("vectors", "decisions")
 _BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
@@ -89,7 +101,7 @@ ENCODED = ("labels", "negatives")
 
 
 class Result(NamedTuple):
-    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype;
+    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in `Task.gradient_of`;
     sums: `Sums` of (rows,); of_classes: `ClassSums` of (classes,), which no kernel gives.
 
     Arrays, or None where the task asks for none. Of a tile all are numbers per element, and counts are left out.
@@ -113,6 +125,11 @@ class Task:
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
     statistics: bool = False
+    gradient_dtype: str | None = None  # None for the logits'
+
+    def gradient_of(self, logits: Any) -> jnp.dtype:
+        """The dtype of the logits' gradient."""
+        return jnp.dtype(logits.dtype if self.gradient_dtype is None else self.gradient_dtype)
 
     def results(
         self, *, sums: Any = None, elements: Any = None, gradient: Any = None, statistics: Any = None

@@ -26,7 +26,7 @@ _UNPACKED = 1024  # classes
 def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     classes = operands.logits.shape[-1]
-    operands = operands._replace(decisions=())
+    operands = operands.own_labels()._replace(decisions=())
     operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
     value, gradient, sums, _ = task.evaluate(operands, ops=ops)
     if task.statistics:
@@ -35,7 +35,7 @@ def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     if task.value == "rows":
         value, sums = jax.tree.map(lambda part: sum_over(part, (part.ndim - 1,)), (value, sums))
     if task.gradient:
-        gradient = gradient.astype(operands.logits.dtype)
+        gradient = gradient.astype(task.gradient_of(operands.logits))
     return Result(value, gradient, sums)
 
 
@@ -47,6 +47,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     the value comes block by block, with the block in the cache. That exp and log are computed twice costs less than the
     memory would. With packed labels the gradient comes block by block too, so that they can be unpacked in the cache.
     """
+    operands = operands.own_labels()
     tiling = cpu_tiling(*operands.logits.shape)
     if task.labels == "sparse":
         # Words are a thirty-second of the logits, and would be made twice otherwise.
@@ -88,7 +89,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     rows, classes = operands.logits.shape
     packed = task.labels == "packed"
     sums = task.value == "rows"
-    dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
+    dtype = task.gradient_of(operands.logits) if task.gradient else compute_dtype(operands.logits.dtype)
     ops = dataclasses.replace(CPU, signed_per_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task, value=None if task.gradient else "elements")
 
@@ -160,9 +161,9 @@ def _with_statistics(task: Task, operands: Operands) -> Result:
     rows, classes = operands.logits.shape
     dtype = compute_dtype(operands.logits.dtype)
     size = rows_of_a_block(rows, classes, rows)
-    # The gradient takes the place of logits that have been read.
+    # The gradient takes the place of logits that have been read, and has their dtype until all have been.
     logits = operands.logits if task.gradient else None
-    by_element = dataclasses.replace(task, labels="dense")
+    by_element = dataclasses.replace(task, labels="dense", gradient_dtype=None)
     zeros = jax.tree.map(lambda _: jnp.zeros(rows, dtype), (1, task.sums_like(operands, 1)))
 
     def block(carry: Any, tile: Operands, row: Array | int, ops: Ops) -> Any:
@@ -178,7 +179,7 @@ def _with_statistics(task: Task, operands: Operands) -> Result:
 
     others = operands if logits is None else operands._replace(logits=None)
     gradient, (value, sums) = walk(others, (rows, classes), size, CPU, (logits, zeros), block)
-    return Result(value, gradient, sums)
+    return Result(value, gradient.astype(task.gradient_of(operands.logits)) if task.gradient else None, sums)
 
 
 def unpacked_labels(task: Task, tile: Operands, classes: int) -> Operands:
