@@ -3,6 +3,7 @@
 from asl_pallas.adaptive import AdaptiveAsymmetry, AsymmetryState
 from asl_pallas.api import asymmetric_loss, multilabel_loss, sigmoid_asymmetric_loss
 from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss, linear_top_k
+from asl_pallas.head_step import HeadStep, linear_multilabel_step
 from asl_pallas.kernels.platforms import EXPORT_CHECKS
 from asl_pallas.label_checks import checked_labels
 from asl_pallas.labels import PackedLabels, SparseLabels
@@ -18,6 +19,7 @@ __all__ = [
     "AsymmetricLoss",
     "AsymmetryState",
     "ClassStatistics",
+    "HeadStep",
     "PackedLabels",
     "PartialLabels",
     "PriorLogitInit",
@@ -30,6 +32,7 @@ __all__ = [
     "label_frequencies",
     "linear_asymmetric_loss",
     "linear_multilabel_loss",
+    "linear_multilabel_step",
     "linear_top_k",
     "multilabel_loss",
     "prior_logits",

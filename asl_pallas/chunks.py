@@ -51,7 +51,8 @@ class Arrays(NamedTuple):
 
 class Found(NamedTuple):
     """value: (...,), one loss an example; features, kernel, bias: their gradients, that of the features in the compute
-    dtype, the others in their own; sums: `Sums` of (...,); of_classes: `ClassSums`. None where not asked for."""
+    dtype, the others in their own; sums: `Sums` of (...,); of_classes: `ClassSums`. None where not asked for.
+    After a step the kernel itself stands in the place of its gradient, and state is the optimizer's."""
 
     value: Any = None
     features: Any = None
@@ -59,6 +60,7 @@ class Found(NamedTuple):
     bias: Any = None
     sums: Any = None
     of_classes: Any = None
+    state: Any = None
 
     def summed(self) -> Found:
         """Over all examples."""
@@ -98,8 +100,20 @@ class Exchange(NamedTuple):
 ALONE = Exchange(lambda chunk: chunk, lambda gradient: gradient)
 
 
-def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
-    """Losses of the examples and gradients, in one pass over the classes."""
+class Step(NamedTuple):
+    """What becomes of a chunk of the kernel once its gradient is known.
+
+    Attributes:
+      update: (the chunk's first class, its kernel, the gradient, its state) to the new kernel and state.
+      state: a pytree of arrays (..., classes).
+    """
+
+    update: Callable[[Any, Array, Array, Any], tuple[Array, Any]]
+    state: Any
+
+
+def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | None = None) -> Found:
+    """Losses of the examples and gradients, in one pass over the classes; with a step, no gradient of the kernel."""
     arrays = unify_varying_axes(arrays)
     *leading, depth = arrays.features.shape
     classes = arrays.kernel.shape[-1]
@@ -129,7 +143,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
     )
 
     def one(start: Any, size: int, found: Found) -> Found:
-        kernel = _kernel_of(arrays.kernel, start, size, features.dtype, exchange)
+        whole = arrays.kernel if step is None else found.kernel
+        kernel = _kernel_of(whole, start, size, features.dtype, exchange)
         labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
         where = arrays.where
         where = _slice(where, start, size) if where is not None and where.shape[-1] == classes else where
@@ -163,17 +178,23 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         if gradient is None:
             return Found(value, sums=sums, of_classes=of_classes)
         gradient = gradient.reshape(features.shape[0], size)
-        of_features, of_kernel, of_bias = found.features, found.kernel, found.bias
+        of_features, of_kernel, of_bias, state = found.features, found.kernel, found.bias, found.state
         if "bias" in work.gradients:
             of_bias = _put(of_bias, jnp.sum(gradient, axis=0, dtype=dtype), start)
         if "features" in work.gradients:
             of_features = of_features + _product(gradient, kernel, (1, 1), dtype, work.precision)
-        if "kernel" in work.gradients:
+        if step is not None:
+            of_chunk = exchange.scatter(_product(features, gradient, (0, 0), dtype, work.precision))
+            part_of_state = jax.tree.map(lambda array: _slice(array, start, size), state)
+            updated, part_of_state = step.update(start, _slice(of_kernel, start, size), of_chunk, part_of_state)
+            of_kernel = _put(of_kernel, updated, start)
+            state = jax.tree.map(lambda array, part: _put(array, part, start), state, part_of_state)
+        elif "kernel" in work.gradients:
             # Nothing is added to it on this device, so the product itself may round it.
             own = of_kernel.dtype if of_kernel.dtype == features.dtype else dtype
             of_chunk = _product(features, gradient, (0, 0), own, work.precision)
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
-        return Found(value, of_features, of_kernel, of_bias, sums, of_classes)
+        return Found(value, of_features, of_kernel, of_bias, sums, of_classes, state)
 
     everything = around._replace(
         logits=jax.ShapeDtypeStruct((*leading, classes), dtype),
@@ -190,6 +211,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
         sums=task.sums_like(everything, jnp.zeros(leading, dtype)),
         of_classes=task.class_sums_like(everything, jnp.zeros(classes, dtype)),
     )
+    if step is not None:
+        nothing = nothing._replace(kernel=arrays.kernel, state=step.state)
     nothing, _ = unify_varying_axes((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
     body = jax.checkpoint(one, static_argnums=1) if work.implementation == kernels.PLAIN else one

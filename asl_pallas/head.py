@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +191,52 @@ def _linear_loss(
     kernel_spec: Any,
     **options: Any,
 ) -> Any:
+    prepared = prepare(
+        loss,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        chunk_size=chunk_size,
+        precision=precision,
+        features_spec=features_spec,
+        kernel_spec=kernel_spec,
+        **options,
+    )
+    checked, arrays = prepared.checked, prepared.arrays
+    execution = _Execution(function, prepared.work, total=prepared.is_total, layout=None)
+    losses, statistics, of_classes = _compiled(
+        execution, checked.axes, prepared.specs, arguments.constants(arrays, arrays.kernel), arrays
+    )
+    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
+
+
+class Prepared(NamedTuple):
+    """A head's arguments after every check."""
+
+    checked: call.Checked
+    work: Work
+    arrays: Arrays
+    specs: tuple[PartitionSpec | None, PartitionSpec | None]
+
+    @property
+    def is_total(self) -> bool:
+        return self.checked.axes == tuple(range(self.arrays.features.ndim))
+
+
+def prepare(
+    loss: Any,
+    features: Any,
+    kernel: Any,
+    labels: Any,
+    *,
+    bias: Any,
+    chunk_size: Any,
+    precision: Any,
+    features_spec: Any,
+    kernel_spec: Any,
+    **options: Any,
+) -> Prepared:
     x = arguments.check_features(features)
     w = arguments.check_kernel(kernel, x)
     # What the checks of multilabel_loss ask about the logits.
@@ -209,11 +255,9 @@ def _linear_loss(
         implementation=checked.implementation,
         interpret=checked.interpret,
     )
-    execution = _Execution(function, work, total=checked.axes == tuple(range(logits.ndim)), layout=None)
     specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
     arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
-    losses, statistics, of_classes = _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
-    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
+    return Prepared(checked, work, arrays, specs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -228,7 +272,7 @@ def _compiled(
     arrays = call.laid_out(
         execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
     )
-    layout = _layout_of(arrays.features, arrays.kernel, *specs, execution.function)
+    layout = layout_of(arrays.features, arrays.kernel, *specs, execution.function)
     if layout == "unknown":
         execution = execution.plain()
     elif isinstance(layout, HeadLayout):
@@ -367,14 +411,14 @@ class _TopK:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _linear_top_k(call: _TopK, features: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
-    layout = _layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
+    layout = layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
     arguments_of_call = (features, kernel, bias, call.k, call.chunk_size, call.precision)
     if isinstance(layout, HeadLayout):
         return head_sharding.top_k(*arguments_of_call, layout)
     return chunks.top_k(*arguments_of_call)
 
 
-def _layout_of(
+def layout_of(
     features: Array, kernel: Array, features_spec: Any, kernel_spec: Any, function: str
 ) -> HeadLayout | Literal["unknown"] | None:
     try:

@@ -65,7 +65,7 @@ def rounded_products(features: Any, kernel: Any, slope: Any) -> tuple[Any, Any, 
     return logits.astype(features.dtype), slope @ kernel.T, features.T @ slope
 
 
-STEPS = {f.__name__: jax.value_and_grad(f, (0, 1)) for f in (fused, unfused)}
+STEPS: dict[str, Any] = {f.__name__: jax.value_and_grad(f, (0, 1)) for f in (fused, unfused)}
 STEPS |= {f.__name__: f for f in (three_products, rounded_products)}
 
 
