@@ -104,12 +104,14 @@ class Step(NamedTuple):
     """What becomes of a chunk of the kernel once its gradient is known.
 
     Attributes:
-      update: (the chunk's first class, its kernel, the gradient, its state) to the new kernel and state.
+      update: (the chunk's first class, its kernel, the gradient, its state, the numbers) to the new kernel and state.
       state: a pytree of arrays (..., classes).
+      numbers: what it takes beside, the same for all chunks.
     """
 
-    update: Callable[[Any, Array, Array, Any], tuple[Array, Any]]
+    update: Callable[[Any, Array, Array, Any, Any], tuple[Array, Any]]
     state: Any
+    numbers: Any
 
 
 def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | None = None) -> Found:
@@ -186,9 +188,17 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
         if step is not None:
             of_chunk = exchange.scatter(_product(features, gradient, (0, 0), dtype, work.precision))
             part_of_state = jax.tree.map(lambda array: _slice(array, start, size), state)
-            updated, part_of_state = step.update(start, _slice(of_kernel, start, size), of_chunk, part_of_state)
+            of_slice = _slice(of_kernel, start, size)
+            updated, part_of_state = step.update(start, of_slice, of_chunk, part_of_state, step.numbers)
             of_kernel = _put(of_kernel, updated, start)
-            state = jax.tree.map(lambda array, part: _put(array, part, start), state, part_of_state)
+            # After the kernel, whose update reads the state as it was, or XLA copies the whole state for it. No number
+            # is greater than infinity, which XLA doesn't know.
+            never = _slice(of_kernel, start, 1)[0, 0] > jnp.inf
+            state = jax.tree.map(
+                lambda array, part: _put(array, jnp.where(never, jnp.zeros_like(part), part), start),
+                state,
+                part_of_state,
+            )
         elif "kernel" in work.gradients:
             # Nothing is added to it on this device, so the product itself may round it.
             own = of_kernel.dtype if of_kernel.dtype == features.dtype else dtype

@@ -148,9 +148,9 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool, step:
     specs = _specs(arrays, form, layout)
     classes = arrays.kernel.shape[1]
 
-    def body(given: tuple[Arrays, Any]) -> Found:
-        arrays, state = given
-        own_step = None if step is None else Step(_of_device(step.update, layout, classes), state)
+    def body(given: tuple[Arrays, Any, Any]) -> Found:
+        arrays, state, numbers = given
+        own_step = None if step is None else Step(_of_device(step.update, layout, classes), state, numbers)
         found = chunks.run(work, _own_labels(form, arrays, classes, layout), _exchange(layout), own_step)
         if total:
             found = found.summed()
@@ -179,13 +179,14 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool, step:
     wanted = (*work.gradients, *(["value"] if work.task.value else []), *(["sums"] if work.task.statistics else []))
     wanted += ("of_classes",) if work.task.statistics and arrays.decisions else ()
     out_specs = Found(**{name: getattr(results, name) for name in wanted})
-    state = None if step is None else step.state
+    state, numbers = (None, None) if step is None else (step.state, step.numbers)
     of_state = jax.tree.map(
         lambda array: specs.kernel if array.ndim == 2 else PartitionSpec(layout.classes or None), state
     )
     if step is not None:
         out_specs = out_specs._replace(kernel=specs.kernel, state=of_state)
-    return _shard_map(body, layout, (specs, of_state), out_specs)((lay(arrays, form, layout), state))
+    in_specs = specs, of_state, jax.tree.map(lambda _: PartitionSpec(), numbers)
+    return _shard_map(body, layout, in_specs, out_specs)((lay(arrays, form, layout), state, numbers))
 
 
 def top_k(
@@ -250,9 +251,9 @@ def _is_cut(form: Form, classes: int, layout: HeadLayout) -> bool:
 def _of_device(update: Any, layout: HeadLayout, classes: int) -> Any:
     """An update that is told the place of its chunk among all devices' chunks."""
 
-    def of_device(start: Any, kernel: Array, gradient: Array, state: Any) -> Any:
+    def of_device(start: Any, *others: Any) -> Any:
         part_of_depth = lax.axis_index(layout.depth) if layout.depth else jnp.int32(0)
-        return update(part_of_depth * classes + _first_class(layout, classes) + start, kernel, gradient, state)
+        return update(part_of_depth * classes + _first_class(layout, classes) + start, *others)
 
     return of_device
 

@@ -192,7 +192,7 @@ def _compiled(
     is_cut = [leaf.ndim > 0 for leaf in leaves]
     numbers = [leaf for leaf, cut in zip(leaves, is_cut, strict=True) if not cut]
 
-    def update(kernel: Array, gradient: Array, parts: list[Array]) -> tuple[Array, Any]:
+    def update(kernel: Array, gradient: Array, parts: list[Array], numbers: list[Array]) -> tuple[Array, Any]:
         of_each = {True: iter(parts), False: iter(numbers)}
         its_state = jax.tree.unflatten(structure, [next(of_each[cut]) for cut in is_cut])
         if not _is_optax(optimizer):
@@ -201,15 +201,18 @@ def _compiled(
         updates, new = optimizer.update(gradient.astype(kernel.dtype), its_state, kernel)
         return kernel.astype(dtype) + updates.astype(dtype), new
 
-    def of_chunk(start: Any, kernel: Array, gradient: Array, parts: list[Array]) -> tuple[Array, list[Array]]:
-        new, its_state = update(kernel, gradient, parts)
+    def of_chunk(
+        start: Any, kernel: Array, gradient: Array, parts: list[Array], beside: tuple[list[Array], Array | None]
+    ) -> tuple[Array, list[Array]]:
+        numbers, key = beside
+        new, its_state = update(kernel, gradient, parts, numbers)
         if key is not None and kernel.dtype == jnp.bfloat16 and new.dtype == jnp.float32:
             new = _rounded(jax.random.fold_in(key, start), new)
         new_leaves = zip(jax.tree.leaves(its_state), is_cut, strict=True)
         of_parts = [leaf for leaf, cut in new_leaves if cut]
         return new.astype(kernel.dtype), [leaf.astype(part.dtype) for leaf, part in zip(of_parts, parts, strict=True)]
 
-    step = Step(of_chunk, [leaf for leaf, cut in zip(leaves, is_cut, strict=True) if cut])
+    step = Step(of_chunk, [leaf for leaf, cut in zip(leaves, is_cut, strict=True) if cut], (numbers, key))
     layout = layout_of(arrays.features, arrays.kernel, *specs, _FUNCTION)
     if isinstance(layout, HeadLayout):
         arrays = unify_varying_axes(head_sharding.lay(arrays, work.task.labels, layout))
@@ -220,7 +223,7 @@ def _compiled(
         found = chunks.run(work, unify_varying_axes(arrays), step=step).summed()
     # Numbers are the same after any chunk.
     first = jax.tree.map(lambda array: jnp.zeros((*array.shape[:-1], 1), array.dtype), (kernel, step.state))
-    _, after = update(first[0], first[0].astype(jnp.float32), first[1])
+    _, after = update(first[0], first[0].astype(jnp.float32), first[1], numbers)
     of_each = {
         True: iter(found.state),
         False: (n for n, cut in zip(jax.tree.leaves(after), is_cut, strict=True) if not cut),
