@@ -16,12 +16,13 @@ from jax.typing import ArrayLike
 from asl_pallas import arguments, call, kernels, sharding, vjp
 from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.kernels.summation import sum_over
+from asl_pallas.kernels.sums import ClassSums
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
-from asl_pallas.statistics import Statistics, of_sums
+from asl_pallas.statistics import Statistics, of_sums, with_classes
 
 
 @explains_foreign_names
@@ -141,6 +142,7 @@ def multilabel_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     statistics: bool = False,
+    decision_logits: ArrayLike | None = None,
     donate_logits: bool = False,
     logits_spec: PartitionSpec | None = None,
     implementation: str | None = None,
@@ -158,6 +160,9 @@ def multilabel_loss(
         (`SelectiveLoss` says which), or `PartialLabels`.
       statistics: True for `Statistics` of the same pass beside the loss, summed over the same axes, of which the
         classes have to be one: `jax.value_and_grad(..., has_aux=True)` takes the pair.
+      decision_logits: with it, statistics have `by_class`, which counts what is predicted from these logits on; see
+        `decision_logit`. A number, (classes,), or for several decisions a class (..., classes) or (..., 1). XLA adds up
+        what is by class, in a second pass over logits and labels.
       logits, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
         implementation: as in `asymmetric_loss`.
 
@@ -183,6 +188,7 @@ def multilabel_loss(
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         statistics=statistics,
+        decision_logits=decision_logits,
         donate_logits=donate_logits,
         logits_spec=logits_spec,
         implementation=implementation,
@@ -238,8 +244,10 @@ def _multilabel_loss(
     )
     spec = arguments.check_spec("logits", logits_spec, x.ndim)
     operands = Operands(logits=x, **checked.arrays)
-    losses, statistics = _compiled(execution, checked.axes, spec, arguments.constants(operands, x), operands)
-    return (losses, statistics) if checked.task.statistics else losses
+    losses, statistics, of_classes = _compiled(
+        execution, checked.axes, spec, arguments.constants(operands, x), operands
+    )
+    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -249,7 +257,7 @@ def _compiled(
     logits_spec: PartitionSpec | None,
     constants: tuple[str, ...],
     operands: Operands,
-) -> tuple[Array, Statistics | None]:
+) -> tuple[Array, Statistics | None, ClassSums | None]:
     operands = call.laid_out(
         execution.function, execution.task.loss, constants, operands, operands.logits.shape, operands.logits.dtype
     )
@@ -278,10 +286,11 @@ def _compiled(
         if refusal := kernels.refusal(execution.implementation, on_a_device, task.labels, task.statistics):
             raise NotImplementedError(f"implementation={execution.implementation!r} can't serve this call: {refusal}")
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses, sums = vjp.loss(execution, unify_varying_axes(operands))
+    losses, (sums, of_classes) = vjp.loss(execution, unify_varying_axes(operands))
     statistics = None if sums is None else of_sums(losses, sums, operands.logits.shape[-1])
     others = tuple(axis for axis in axes if axis != classes_axis)
-    return sum_over(losses, others), jax.tree.map(lambda sums: sum_over(sums, others), statistics)
+    losses, statistics = jax.tree.map(lambda sums: sum_over(sums, others), (losses, statistics))
+    return losses, statistics, of_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,11 +328,10 @@ class _Execution:
 
     def evaluate(self, operands: Operands) -> vjp.Outputs:
         run = functools.partial(kernels.run, self.task, implementation=self.implementation, interpret=self.interpret)
-        if self.layout is None:
-            value, gradient, sums = run(operands)
-        else:
-            value, gradient, sums = sharding.on_shards(run, self.task, operands, self.layout)
-        return vjp.Outputs(value, {"logits": gradient} if self.task.gradient else {}, sums)
+        layout = self.layout
+        found = run(operands) if layout is None else sharding.on_shards(run, self.task, operands, layout)
+        gradients = {"logits": found.gradient} if self.task.gradient else {}
+        return vjp.Outputs(found.value, gradients, (found.sums, found.of_classes))
 
     def gives_both(self, operands: Operands, wanted: tuple[str, ...]) -> bool:
         """But for float16: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -340,6 +341,26 @@ def check_statistics(statistics: Any, axis: Any, axes: tuple[int, ...], ndim: in
             "with the classes' axis"
         )
     return bool(statistics)
+
+
+def check_decision_logits(
+    decision_logits: Any, logits: Array | jax.ShapeDtypeStruct, statistics: bool
+) -> tuple[Sequence[Array], tuple[int, ...]]:
+    """Each, (classes,) or (1,), and of what shape they are beside the classes."""
+    if decision_logits is None:
+        return (), ()
+    if not statistics:
+        raise ValueError("decision_logits are what statistics count predictions by; expected statistics=True beside")
+    array = _real("decision_logits", decision_logits)
+    classes = logits.shape[-1]
+    if array.ndim and array.shape[-1] not in (1, classes):
+        raise ValueError(
+            f"decision_logits has shape {array.shape}; expected a number, ({classes},) or (..., {classes}), or "
+            "(..., 1) for the same of all classes"
+        )
+    if array.size == 0:
+        raise ValueError(f"decision_logits has shape {array.shape}; expected one at least")
+    return list(array.reshape(-1, array.shape[-1] if array.ndim else 1)), array.shape[:-1]
 
 
 def check_flag(name: str, flag: Any) -> bool:

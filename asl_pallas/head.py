@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,14 @@ from asl_pallas.chunks import PARAMETERS, Arrays, Work
 from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.head_sharding import HeadLayout
 from asl_pallas.kernels.summation import sum_over
+from asl_pallas.kernels.sums import ClassSums
 from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
-from asl_pallas.statistics import Statistics, of_sums
+from asl_pallas.statistics import Statistics, of_sums, with_classes
 
 
 @explains_foreign_names
@@ -130,6 +131,7 @@ def linear_multilabel_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     statistics: bool = False,
+    decision_logits: ArrayLike | None = None,
     precision: Any = None,
     features_spec: PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,
@@ -141,7 +143,7 @@ def linear_multilabel_loss(
       loss: a loss object, as in `multilabel_loss`.
       features, kernel, labels, bias, chunk_size, axis, precision, features_spec, kernel_spec, implementation: as in
         `linear_asymmetric_loss`.
-      where, weights, pos_weight, ignore_label, label_smoothing, statistics: as in `multilabel_loss`.
+      where, weights, pos_weight, ignore_label, label_smoothing, statistics, decision_logits: as in `multilabel_loss`.
 
     Returns:
       The loss, float32, or float64 for float64 features, see `linear_asymmetric_loss`; with statistics=True the pair of
@@ -167,6 +169,7 @@ def linear_multilabel_loss(
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         statistics=statistics,
+        decision_logits=decision_logits,
         precision=precision,
         features_spec=features_spec,
         kernel_spec=kernel_spec,
@@ -188,6 +191,52 @@ def _linear_loss(
     kernel_spec: Any,
     **options: Any,
 ) -> Any:
+    prepared = prepare(
+        loss,
+        features,
+        kernel,
+        labels,
+        bias=bias,
+        chunk_size=chunk_size,
+        precision=precision,
+        features_spec=features_spec,
+        kernel_spec=kernel_spec,
+        **options,
+    )
+    checked, arrays = prepared.checked, prepared.arrays
+    execution = _Execution(function, prepared.work, total=prepared.is_total, layout=None)
+    losses, statistics, of_classes = _compiled(
+        execution, checked.axes, prepared.specs, arguments.constants(arrays, arrays.kernel), arrays
+    )
+    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
+
+
+class Prepared(NamedTuple):
+    """A head's arguments after every check."""
+
+    checked: call.Checked
+    work: Work
+    arrays: Arrays
+    specs: tuple[PartitionSpec | None, PartitionSpec | None]
+
+    @property
+    def is_total(self) -> bool:
+        return self.checked.axes == tuple(range(self.arrays.features.ndim))
+
+
+def prepare(
+    loss: Any,
+    features: Any,
+    kernel: Any,
+    labels: Any,
+    *,
+    bias: Any,
+    chunk_size: Any,
+    precision: Any,
+    features_spec: Any,
+    kernel_spec: Any,
+    **options: Any,
+) -> Prepared:
     x = arguments.check_features(features)
     w = arguments.check_kernel(kernel, x)
     # What the checks of multilabel_loss ask about the logits.
@@ -206,11 +255,9 @@ def _linear_loss(
         implementation=checked.implementation,
         interpret=checked.interpret,
     )
-    execution = _Execution(function, work, total=checked.axes == tuple(range(logits.ndim)), layout=None)
     specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
     arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
-    losses, found = _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
-    return (losses, found) if checked.task.statistics else losses
+    return Prepared(checked, work, arrays, specs)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -220,23 +267,24 @@ def _compiled(
     specs: tuple[PartitionSpec | None, PartitionSpec | None],
     constants: tuple[str, ...],
     arrays: Arrays,
-) -> tuple[Array, Statistics | None]:
+) -> tuple[Array, Statistics | None, ClassSums | None]:
     shape = (*arrays.features.shape[:-1], arrays.kernel.shape[1])
     arrays = call.laid_out(
         execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
     )
-    layout = _layout_of(arrays.features, arrays.kernel, *specs, execution.function)
+    layout = layout_of(arrays.features, arrays.kernel, *specs, execution.function)
     if layout == "unknown":
         execution = execution.plain()
     elif isinstance(layout, HeadLayout):
         execution = dataclasses.replace(execution, layout=layout)
         arrays = head_sharding.lay(arrays, execution.work.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses, sums = vjp.loss(execution, unify_varying_axes(arrays))
+    losses, (sums, of_classes) = vjp.loss(execution, unify_varying_axes(arrays))
     elements = math.prod(shape) if execution.total else shape[-1]
     found = losses, None if sums is None else of_sums(losses, sums, elements)
     others = () if execution.total else tuple(axis for axis in axes if axis != len(shape) - 1)
-    return jax.tree.map(lambda part: sum_over(part, others), found)
+    losses, statistics = jax.tree.map(lambda part: sum_over(part, others), found)
+    return losses, statistics, of_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,7 +324,7 @@ class _Execution:
         gradients = {name: getattr(found, name) for name in self.work.gradients}
         if "features" in gradients:
             gradients["features"] = gradients["features"].astype(arrays.features.dtype)
-        return vjp.Outputs(found.value, gradients, found.sums)
+        return vjp.Outputs(found.value, gradients, (found.sums, found.of_classes))
 
     def gives_both(self, arrays: Arrays, wanted: tuple[str, ...]) -> bool:
         """For the total alone: a loss per example has a cotangent per example, which belongs under the sum over them.
@@ -363,14 +411,14 @@ class _TopK:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _linear_top_k(call: _TopK, features: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
-    layout = _layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
+    layout = layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
     arguments_of_call = (features, kernel, bias, call.k, call.chunk_size, call.precision)
     if isinstance(layout, HeadLayout):
         return head_sharding.top_k(*arguments_of_call, layout)
     return chunks.top_k(*arguments_of_call)
 
 
-def _layout_of(
+def layout_of(
     features: Array, kernel: Array, features_spec: Any, kernel_spec: Any, function: str
 ) -> HeadLayout | Literal["unknown"] | None:
     try:

@@ -19,11 +19,12 @@ from asl_pallas import residuals
 
 
 class Outputs(NamedTuple):
-    """The losses, None where not asked for, the gradients by name, and sums for statistics, without derivatives."""
+    """The losses, None where not asked for, the gradients by name, and sums for statistics, without derivatives:
+    those of examples and those of classes."""
 
     value: Any
     gradients: dict[str, Any]
-    sums: Any = None
+    sums: tuple[Any, Any]
 
 
 class Execution(Protocol):

@@ -250,6 +250,6 @@ def test_a_second_loss_costs_one_class_and_no_line_in_a_kernel(implementation, m
     expected = np.maximum((0.7 if margin is TRACED else 1.0) - (2.0 * y - 1) * x, 0)
     task = Task(SquaredHinge(margin), "rows", True)
     operands = Operands(jnp.asarray(x), jnp.asarray(y), scalars=scalars)
-    value, slope, _ = jax.jit(lambda o: kernels.run(task, o, implementation, True))(operands)
+    value, slope, *_ = jax.jit(lambda o: kernels.run(task, o, implementation, True))(operands)
     np.testing.assert_allclose(value, (expected**2).sum(1), rtol=1e-5)
     np.testing.assert_allclose(slope, -2 * (2 * y - 1) * expected, atol=1e-5)

@@ -213,7 +213,7 @@ def test_a_nan_comes_through_the_streamed_form(gamma_neg, gamma_pos, clip):
     scalars = jnp.array([gamma_neg, gamma_pos, clip], jnp.float32)
     of_arrays = AsymmetricLoss(TRACED, TRACED, TRACED)
     for formula, dynamic in ((AsymmetricLoss(gamma_neg, gamma_pos, clip), None), (of_arrays, scalars)):
-        value, gradient, _ = xla.run_streamed(Task(formula, "rows", True), operands._replace(scalars=dynamic))
+        value, gradient, *_ = xla.run_streamed(Task(formula, "rows", True), operands._replace(scalars=dynamic))
         assert np.flatnonzero(np.isnan(value)).tolist() == [3, 99]
         assert np.argwhere(np.isnan(gradient)).tolist() == [[3, 5], [99, 699]]
 

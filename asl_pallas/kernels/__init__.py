@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.kernels import xla
+from asl_pallas.kernels import of_classes, xla
 from asl_pallas.kernels.platforms import Code, by_platform
+from asl_pallas.kernels.sums import ClassSums
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, unify_varying_axes
@@ -115,13 +116,18 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     The operands have any number of leading dimensions; each has the logits' rank, and may be constant along some.
     """
     leading = operands.logits.shape[:-1]
+    if not task.statistics:
+        operands = operands._replace(decisions=())
     if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
-        return xla.run(task, operands)
-    value, gradient, sums = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
+        return _with_classes(xla.run, of_classes.sums, task, operands)
+    value, gradient, sums, sums_of_classes = _run_matrix(
+        task, unify_varying_axes(_matrices(operands)), implementation, interpret
+    )
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
     sums = jax.tree.map(lambda part: part.reshape(leading), sums)
-    return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape), sums)
+    gradient = None if gradient is None else gradient.reshape(operands.logits.shape)
+    return Result(value, gradient, sums, sums_of_classes)
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
@@ -147,9 +153,10 @@ class _TaskCode:
     def __call__(self, asked: tuple[bool, ...]) -> Code:
         part = self._part(asked)
         functions: dict[str, Callable[[Operands], Any]]
-        plain: Callable[[Operands], Any] = functools.partial(xla.run, part)
+        plain: Callable[[Operands], Any] = functools.partial(_with_classes, xla.run, of_classes.sums, part)
         if self.interpret and self.implementation not in (None, "xla"):
-            functions = {"default": functools.partial(_kernel, self.implementation, part, interpret=True)}
+            kernel = functools.partial(_kernel, self.implementation, interpret=True)
+            functions = {"default": functools.partial(_with_classes, kernel, of_classes.sums, part)}
         else:
             functions = _functions(part, self.shapes, self.implementation, plain)
         if asked and part.statistics and not all(asked):
@@ -188,6 +195,8 @@ class _TaskCode:
         rows, classes = self.shapes.logits.shape
         if not all((mapped.logits, mapped.labels, mapped.negatives is not False)):
             return None
+        if operands.decisions or mapped.first_class:
+            return None  # sums over the examples, and labels' places, are each example's own
         size = operands.logits.shape[0]
         loss = self.task.loss
         if mapped.scalars:
@@ -214,7 +223,7 @@ def _chosen(task: Task, asked: tuple[bool, ...], function: Callable[[Operands], 
     """The function, with the results that are asked for alone, in a list."""
 
     def chosen(operands: Operands) -> list[Any]:
-        value, gradient, sums = function(operands)
+        value, gradient, *sums = function(operands)
         there = [*([value] if task.value else []), *([gradient] if task.gradient else []), *jax.tree.leaves(sums)]
         return [part for part, wanted in zip(there, asked, strict=True) if wanted]
 
@@ -242,17 +251,35 @@ def _functions(
     task: Task, shapes: Operands, implementation: str | None, plain: Callable[[Operands], Result]
 ) -> dict[str, Callable[[Operands], Result]]:
     """What serves a task on operands of these shapes, by platform."""
+
+    def of_kernel(name: str) -> Callable[[Operands], Result]:
+        return functools.partial(_with_classes, functools.partial(_kernel, name), of_classes.sums, task)
+
     if implementation not in (None, "xla"):
         if reason := refusal(implementation, shapes, task.labels, task.statistics):  # of what vmap has put together
             raise NotImplementedError(f"implementation={implementation!r} can't serve this call: {reason}")
-        kernel = functools.partial(_kernel, implementation, task)
+        kernel = of_kernel(implementation)
         return {PLATFORMS[implementation]: kernel, "default": functools.partial(_refuse, implementation)}
-    functions: dict[str, Callable[[Operands], Result]] = {"cpu": functools.partial(xla.run_streamed, task)}
+    streamed = functools.partial(_with_classes, xla.run_streamed, of_classes.sums_by_blocks, task)
+    functions: dict[str, Callable[[Operands], Result]] = {"cpu": streamed}
     if implementation is None:
         for name in CHOSEN:
             if refusal(name, shapes, task.labels, task.statistics) is None and _pays(name, task, shapes):
-                functions[PLATFORMS[name]] = functools.partial(_kernel, name, task)
+                functions[PLATFORMS[name]] = of_kernel(name)
     return {**functions, "default": plain}
+
+
+def _with_classes(
+    run: Callable[[Task, Operands], Result],
+    sums: Callable[[Task, Operands], ClassSums],
+    task: Task,
+    operands: Operands,
+) -> Result:
+    """`run`, and by class `sums` in a pass of their own where it doesn't give them."""
+    found = run(task, operands)
+    operands = operands.own_labels()
+    missing = task.statistics and operands.decisions and found.of_classes is None
+    return found._replace(of_classes=sums(task, operands)) if missing else found
 
 
 def _pays(implementation: str, task: Task, operands: Operands) -> bool:

@@ -74,6 +74,7 @@ def arithmetic(task: Task, operands: Operands) -> Ops:
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
+    operands = operands.own_labels()
     rows, classes = operands.logits.shape
     if classes < MOSAIC_GPU_CLASSES:
         raise NotImplementedError(f"mosaic_gpu walks rows of at least {MOSAIC_GPU_CLASSES} classes, and has {classes}")
@@ -81,7 +82,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if any(sharding.spec):
         # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.
         whole = jax.tree.map(lambda array: jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())), operands)
-        value, gradient, _ = run(task, whole, interpret=interpret)
+        value, gradient, *_ = run(task, whole, interpret=interpret)
         by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
         return Result(
             None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),
@@ -89,7 +90,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         )
     operands = operands.map(lambda _, array: _loadable(array, classes))
     elements = _Shape((rows, classes), compute_dtype(operands.logits.dtype))
-    gradient = _Shape((rows, classes), operands.logits.dtype)
+    gradient = _Shape((rows, classes), task.gradient_of(operands.logits))
     stored = task.results(elements=elements, gradient=gradient)
     by_engine = all(result.is_aligned for result in stored if result is not None)
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
@@ -112,7 +113,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return run(operands)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    (value, gradient, _), _ = unify_varying_axes((call(flat), operands.logits))
+    found, _ = unify_varying_axes((call(flat), operands.logits))
+    value, gradient = found.value, found.gradient
     if task.value is not None:
         value = value.reshape(results.value.shape)
     if task.value == "rows":

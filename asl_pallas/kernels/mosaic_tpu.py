@@ -24,9 +24,22 @@ from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.sums import packed_like, unpacked
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task, index_where_it_varies
-from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
+from asl_pallas.kernels.tiling import (
+    LANES,
+    SUBLANES,
+    TPU_CONVERTED,
+    TPU_IDS,
+    TpuTiling,
+    tpu_ids,
+    tpu_refines,
+    tpu_tiling,
+)
+from asl_pallas.kernels.tpu_columns import ColumnSums, merged, of_all_blocks, rows_added
 from asl_pallas.kernels.versions import reciprocal, result_like
 from asl_pallas.losses.ops import Ops
+
+# With more decisions a class, counts by class are left to another pass.
+_MOST_DECISIONS = 4
 
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
@@ -53,6 +66,7 @@ class _Scratch(NamedTuple):
     sums: Any = None  # `_RowSums` of [rows, partial], a row's partial sums of some blocks
     total: Any = None  # likewise, those of all blocks before
     lost: Any = None  # likewise, what the roundings of `total` lost
+    columns: Any = None  # `ColumnSums` of [SUBLANES, classes], sums of every eighth row of the block
 
 
 class _RowSums(NamedTuple):
@@ -63,8 +77,12 @@ class _RowSums(NamedTuple):
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
+    operands = operands.own_labels()
     rows, classes = operands.logits.shape
     tiling = tpu_tiling(task, operands)
+    if tiling.transposed or len(operands.decisions) > _MOST_DECISIONS:
+        operands = operands._replace(decisions=())
+    has_columns = bool(operands.decisions)
     grid = (pl.cdiv(rows, tiling.rows), pl.cdiv(classes, tiling.classes))
     # A vector over rows lies along the lanes: as (rows, 1) it would fill 128 lanes a row in memory.
     padded_rows = grid[0] * tiling.rows
@@ -104,7 +122,8 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     ops = arithmetic(task, operands, not interpret and tpu_refines())
     tile = _tile_of(task, tiling, operands)
     cut = min(tiling.cut, task.cuts(tile, ops))
-    packed = task.packs_counts(operands, pl.cdiv(classes, tiling.partial))
+    most = max(pl.cdiv(classes, tiling.partial), tiling.rows if has_columns else 0)
+    packed = task.packs_counts(operands, most)
     stages = _stages(task, tiling, cut, ops, packed)
     scratch = _Scratch(converted, spread, words, _aside(stages, tile))
     row_sums = _RowSums(1, task.sums_like(operands, 1))
@@ -115,6 +134,17 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         gradient=result_like_logits(shape, operands.logits.dtype),
         statistics=jax.tree.map(lambda _: result_like_logits((1, padded_rows), jnp.float32), row_sums.statistics),
     )
+    columns = None
+    if has_columns:
+        counts = row_sums.statistics.counts
+        columns = ColumnSums(1, counts, tuple((1, 1) for _ in operands.decisions))
+        if packed:
+            columns = ColumnSums(1, counts._replace(dropped=None), (1,) * len(operands.decisions))
+        kinds = len(jax.tree.leaves(columns))
+        height = pl.cdiv(kinds, SUBLANES) * SUBLANES
+        results = results._replace(of_classes=result_like_logits((grid[0], height, classes), jnp.float32))
+        of_columns = pltpu.VMEM((SUBLANES, tiling.classes), jnp.float32)
+        scratch = scratch._replace(columns=jax.tree.map(lambda _: of_columns, columns))
     if task.value == "rows":
         kept = row_sums
         if packed:
@@ -125,7 +155,10 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             scratch = scratch._replace(total=partial, lost=partial)
 
     moved = jax.tree.leaves((inputs, results))
-    ((value, gradient, sums),) = pl.pallas_call(
+    by_column = None
+    if has_columns:
+        by_column = pl.BlockSpec((None, height, tiling.classes), lambda i, j: (i, jnp.int32(0), j))
+    ((value, gradient, sums, of_blocks),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, ops, (rows, classes), stages, packed),
         grid=grid,
         in_specs=[specs],
@@ -135,7 +168,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
                 elements=block,
                 gradient=block,
                 statistics=jax.tree.map(lambda _: by_row, row_sums.statistics),
-            )
+            )._replace(of_classes=by_column)
         ],
         out_shape=[results],
         scratch_shapes=[scratch],
@@ -157,7 +190,14 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         value, sums = jax.tree.map(lambda by_row: by_row[0, :rows], (value, sums))
     elif task.value is not None and tiling.transposed:
         value = value.T
-    return Result(value, gradient.T if task.gradient and tiling.transposed else gradient, sums)
+    of_classes = None
+    if columns is not None:
+        of_kinds = [of_blocks[:, kind] for kind in range(kinds)]
+        of_classes = of_all_blocks(task, ops, jax.tree.unflatten(jax.tree.structure(columns), of_kinds), packed, rows)
+    if task.gradient:
+        # For XLA to fuse into what reads it. A kernel that rounds takes 1 % more cycles, and so do products after it.
+        gradient = (gradient.T if tiling.transposed else gradient).astype(task.gradient_of(operands.logits))
+    return Result(value, gradient, sums, of_classes)
 
 
 def _lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> _Laid:
@@ -194,16 +234,24 @@ def _stages(task: Task, tiling: TpuTiling, cut: int, ops: Ops, packed: bool) -> 
     """Up to one of the loss's cuts and from there on, or in one for a cut of 0.
 
     Statistics are counted in the first stage, which has the labels, and are handed on as partial sums: it also takes a
-    tile that never gets to its end.
+    tile that never gets to its end. Of the tile's last result `of_classes` is `ColumnSums`.
     """
 
     def count(tile: Operands, valid: Array | None) -> Any:
         if not task.statistics:
             return None
-        return jax.tree.map(tiling.partial_sums, task.count(tile, valid, ops, packed))
+        counts = task.count(tile, valid, ops, packed)
+        columns = None
+        if tile.decisions:
+            columns = jax.tree.map(rows_added, (counts, task.predict(tile, counts, valid, packed)))
+        return jax.tree.map(tiling.partial_sums, counts), columns
 
-    def counted(result: Result, counts: Any) -> Result:
-        return result._replace(sums=result.sums._replace(counts=counts)) if task.statistics else result
+    def counted(result: Result, found: Any) -> Result:
+        if not task.statistics:
+            return result
+        counts, columns = found
+        of_classes = None if columns is None else ColumnSums(rows_added(result.value), *columns)
+        return result._replace(sums=result.sums._replace(counts=counts), of_classes=of_classes)
 
     if cut == 0:
         return [lambda carry, tile, valid: counted(task.evaluate(tile, valid, ops), count(tile, valid))]
@@ -230,6 +278,7 @@ def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
         negatives=None if operands.negatives is None else of(tiling.group, tiling.chunk, labels),
         vectors=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.vectors),
         scalars=scalars,
+        decisions=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.decisions),
     )
 
 
@@ -311,6 +360,8 @@ def _kernel(
         return converted
 
     inputs = inputs.map(convert, scratch.converted)
+    for ref in jax.tree.leaves(scratch.columns):
+        ref[...] = jnp.zeros_like(ref)
 
     def spread(_: str, ref: Any, spread: Any) -> None:
         """Lanes to rows: every lane of a row gets the row's number."""
@@ -361,6 +412,21 @@ def _kernel(
                 ref[of_rows] = ref[of_rows] + partial
 
             jax.tree.map(add, scratch.sums, _RowSums(result.value, result.sums))
+        if scratch.columns is not None:
+            of_chunk = slice(None), classes_of(c)
+
+            def add_below(ref: Any, sums: Array) -> None:
+                ref[of_chunk] = ref[of_chunk] + sums
+
+            jax.tree.map(add_below, scratch.columns, result.of_classes)
+
+    def inside(at: Position, valid: Array | None) -> Array | None:
+        """What a tile has of the array. Rows below its edge are nobody's, but for sums over the rows."""
+        if scratch.columns is None or rows % group == 0:
+            return valid
+        of_row = lax.broadcasted_iota(jnp.int32, (group, chunk), 0)
+        above = of_row < rows - (i * tiling.rows + at[0] * group)
+        return above if valid is None else jnp.logical_and(valid, above)
 
     def walk(first: Array, last: Array, valid: Array | None) -> None:
         """All groups of the block, and of each the chunks from the first to before the last."""
@@ -374,7 +440,10 @@ def _kernel(
         def advance(tiles: list[Position]) -> None:
             """Takes each tile, the youngest first, through the next of its stages."""
             carries = [None, *jax.tree.map(lambda ref: ref[...], scratch.aside)]
-            found = [stage(carry, tile_at(at), valid) for stage, carry, at in zip(stages, carries, tiles, strict=False)]
+            found = [
+                stage(carry, tile_at(at), inside(at, valid))
+                for stage, carry, at in zip(stages, carries, tiles, strict=False)
+            ]
             if len(tiles) == len(stages):
                 store(tiles[-1], found.pop())
             for refs, arrays in zip(scratch.aside, found, strict=False):
@@ -410,6 +479,13 @@ def _kernel(
         def _edge():
             of_class = lax.broadcasted_iota(jnp.int32, tiling.lying(group, chunk), tiling.classes_axis)
             walk(whole, whole + 1, of_class < classes % chunk)
+
+    if scratch.columns is not None:
+        columns = jax.tree.leaves(scratch.columns)
+        for first in range(0, len(columns), SUBLANES):
+            for start in range(0, tiling.classes, LANES):  # a register of each at a time
+                some = [ref[:, start : start + LANES] for ref in columns[first : first + SUBLANES]]
+                outputs.of_classes[first : first + SUBLANES, start : start + LANES] = merged(some)
 
     if scratch.total is not None:
         blocks = tiling.blocks_of_a_sum(classes)

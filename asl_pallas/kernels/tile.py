@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from asl_pallas.bits import pack_ids, unpack
-from asl_pallas.kernels.sums import PACKED, Counts, Sums
+from asl_pallas.kernels.sums import PACKED, ClassSums, Counts, Sums
 from asl_pallas.losses.base import ElementwiseLoss
 from asl_pallas.losses.ops import EXACT, Label, Ops
 from asl_pallas.losses.pieces import bounded_exp, unless_infinite
@@ -38,6 +38,9 @@ class Operands(NamedTuple):
     rounded to the logits' dtype.
     vectors: (1, classes) each, or as `where`: the hyper-parameters that are arrays, in the loss's order.
     scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
+    decisions: (1, classes) each, logits from which on a class counts as predicted.
+    first_class: (1,), int32, or None: dense labels are those of more classes, whose first is here. A multiple of
+    `ALIGNED_CLASSES`, as the number of these classes is.
 
     A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
     """
@@ -51,19 +54,30 @@ class Operands(NamedTuple):
     negatives: Any = None
     vectors: tuple[Any, ...] = ()
     scalars: Any = None
+    decisions: tuple[Any, ...] = ()
+    first_class: Any = None
+
+    def own_labels(self) -> Operands:
+        """With the labels of the logits' classes alone."""
+        if self.first_class is None:
+            return self
+        labels = lax.dynamic_slice_in_dim(self.labels, self.first_class[0], self.logits.shape[-1], self.labels.ndim - 1)
+        return self._replace(labels=labels, first_class=None)
 
     def map(self, function: Callable[..., Any], *others: Operands) -> Operands:
         """function(name, array, *the others' own) in the place of each array that a tile has a part of.
 
-        The scalars stay as they are. Entries of `vectors` share that name.
+        The scalars stay as they are. Entries of `vectors` share that name, and so do those of `decisions`.
         """
 
         def of(name: str, value: Any, *parts: Any) -> Any:
             return None if value is None else function(name, value, *parts)
 
         mapped = {name: of(name, getattr(self, name), *(getattr(o, name) for o in others)) for name in _BY_TILE}
-        vectors = zip(self.vectors, *(other.vectors for other in others), strict=True)
-        return Operands(**mapped, vectors=tuple(of("vectors", *parts) for parts in vectors), scalars=self.scalars)
+        for name in VECTORS:
+            entries = zip(getattr(self, name), *(getattr(other, name) for other in others), strict=True)
+            mapped[name] = tuple(of(name, *parts) for parts in entries)
+        return Operands(**mapped, scalars=self.scalars, first_class=self.first_class)
 
     def arrays(self) -> list[tuple[str, Any]]:
         """Each with its name: what a tile has a part of."""
@@ -77,14 +91,18 @@ def index_where_it_varies(shape: tuple[int, ...], here: tuple[Any, ...], constan
     return tuple(h if n > 1 else c for n, h, c in zip(shape, here, constant, strict=True))
 
 
+# What a vector of one-byte labels begins at a multiple of.
+ALIGNED_CLASSES = 16
+# Fields that are tuples of arrays.
+VECTORS = ("vectors", "decisions")
 _BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
 # Operands that are words or ids where the task's labels aren't dense.
 ENCODED = ("labels", "negatives")
 
 
 class Result(NamedTuple):
-    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype;
-    sums: `Sums` of (rows,).
+    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in `Task.gradient_of`;
+    sums: `Sums` of (rows,); of_classes: `ClassSums` of (classes,), which no kernel gives.
 
     Arrays, or None where the task asks for none. Of a tile all are numbers per element, and counts are left out.
     """
@@ -92,6 +110,7 @@ class Result(NamedTuple):
     value: Any
     gradient: Any
     sums: Any = None
+    of_classes: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +125,11 @@ class Task:
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
     statistics: bool = False
+    gradient_dtype: str | None = None  # None for the logits'
+
+    def gradient_of(self, logits: Any) -> jnp.dtype:
+        """The dtype of the logits' gradient."""
+        return jnp.dtype(logits.dtype if self.gradient_dtype is None else self.gradient_dtype)
 
     def results(
         self, *, sums: Any = None, elements: Any = None, gradient: Any = None, statistics: Any = None
@@ -130,6 +154,13 @@ class Task:
         if scalars is not None:
             tile = tile._replace(scalars=(jax.ShapeDtypeStruct((), scalars.dtype),) * scalars.size)
         return jax.tree.map(lambda _: one, jax.eval_shape(both, tile))
+
+    def class_sums_like(self, operands: Operands, one: Any) -> Any:
+        """`ClassSums` with `one` in each place, None where the task asks for none."""
+        if not (self.statistics and operands.decisions):
+            return None
+        by_decision = (one,) * len(operands.decisions)
+        return ClassSums(one, one, one, one, one, predicted=by_decision, true=by_decision)
 
     @property
     def kernel_name(self) -> str:
@@ -158,7 +189,7 @@ class Task:
             of_positives, of_negatives = (self._weighted(side, tile, keep) for side in sides)
             slopes_of_positives = jnp.abs(of_positives.gradient)
             slopes = slopes_of_positives + jnp.abs(of_negatives.gradient)
-            return self._with_sums(result, Sums(None, of_positives.value, slopes, slopes_of_positives))
+            return self._with_sums(*ops.aside((result, Sums(None, of_positives.value, slopes, slopes_of_positives))))
         label = self._label_of(labels, tile.negatives)._replace(dtype=x.dtype)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
@@ -169,6 +200,7 @@ class Task:
         result = self._weighted(result, tile, keep)
         if not self.statistics:
             return result
+        result = ops.aside(result)
         # Once a label is loaded again it is unpacked again.
         infers = ops.infer_label_from_slope and loss.slope_tells_label
         positive = slope < 0.0 if infers else label.positive
@@ -199,7 +231,7 @@ class Task:
             y = _between_0_and_1(labels).astype(x.dtype)
             e = bounded_exp(x, ops)
             right = ops.reciprocal(1.0 + e)
-            p = e * right
+            p, right = ops.aside((e * right, right))
             counts = Counts(
                 annotated=one,
                 positives=y,
@@ -210,7 +242,7 @@ class Task:
         else:
             label = self._label_of(labels, tile.negatives)
             e = bounded_exp(ops.negate(jnp.asarray(label.positive), x), ops)
-            wrong = e * ops.reciprocal(1.0 + e)
+            wrong = ops.aside(e * ops.reciprocal(1.0 + e))
             dropped: Any = None
             if margin is not None:
                 dropped = jnp.where(wrong <= margin, float(PACKED) if packed else one, zero)
@@ -227,6 +259,27 @@ class Task:
         if not self._leaves_out(tile):
             counts = counts._replace(annotated=None)
         return counts if keep is None else jax.tree.map(lambda part: jnp.where(keep, part, zero), counts)
+
+    def predict(
+        self, tile: Operands, counts: Counts, valid: Array | None = None, packed: bool = False
+    ) -> tuple[Any, ...]:
+        """Each element's part of what is `predicted` and `true` of `ClassSums`, a pair for each decision.
+
+        With counts that are `PACKED` one number for both: predicted, and that many times what is true.
+        """
+        x, _, keep = self._read(tile, valid)
+        one, zero = jnp.ones_like(x), jnp.zeros_like(x)
+        kept = keep if counts.annotated is None else counts.annotated != 0.0
+        annotated = one if kept is None else jnp.where(kept, one, zero)
+
+        def of_decision(decision: Array) -> Any:
+            above = x >= decision.astype(x.dtype)
+            if packed:
+                both = jnp.where(counts.positives == 1.0, 1.0 + PACKED, one)
+                return jnp.where(above if kept is None else jnp.logical_and(above, kept), both, zero)
+            return tuple(jnp.where(above, part, zero) for part in (annotated, counts.positives))
+
+        return tuple(map(of_decision, tile.decisions))
 
     def _bound(self, tile: Operands) -> ElementwiseLoss:
         """The loss with the tile's hyper-parameters."""
@@ -370,7 +423,7 @@ class Task:
         return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
 
     def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
-        value, gradient, _ = result
+        value, gradient = result.value, result.gradient
         if tile.weights is not None:
             weights = tile.weights.astype(compute_dtype(tile.logits.dtype))
             value = None if value is None else value * weights

@@ -26,7 +26,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
 from asl_pallas.kernels.sums import packed_like, unpacked
-from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import ALIGNED_CLASSES, ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 from asl_pallas.losses.ops import EXACT, Ops
@@ -69,10 +69,13 @@ _MOST_ELEMENTS_FLAT = 2**31 - 2**16
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
+    operands = operands._replace(decisions=())
     rows, classes = operands.logits.shape
     plain = task.labels == "dense" and not task.is_soft(operands.labels.dtype)
     tile = functools.partial(triton_tiling, logits_bytes=operands.logits.dtype.itemsize, plain=plain)
     flat = _is_flat(rows, classes, tile)
+    if flat:
+        operands = operands.own_labels()
     tiling = tile(rows, _width(classes, flat))
     spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
@@ -100,10 +103,10 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     results = task.results(
         sums=of_spans,
         elements=result_like(operands.logits, of_elements, dtype),
-        gradient=result_like(operands.logits, of_elements, operands.logits.dtype),
+        gradient=result_like(operands.logits, of_elements, task.gradient_of(operands.logits)),
         statistics=task.sums_like(operands, of_spans),
     )
-    ((value, gradient, sums),) = pl.pallas_call(
+    ((value, gradient, sums, _),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, packed, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[results],
@@ -181,6 +184,8 @@ def _kernel(
         scalars = inputs.scalars
         inputs = inputs._replace(scalars=tuple(scalars[n] for n in range(scalars.shape[0])))
 
+    first_class = None if inputs.first_class is None else inputs.first_class[0]
+
     decoders: dict[str, Callable[..., Array]] = {}
     if task.labels != "dense":
         form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
@@ -190,6 +195,9 @@ def _kernel(
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
+        at_labels = at_classes
+        if inputs.first_class is not None:
+            at_labels = pl.ds(pl.multiple_of(first_class + c * tiling.chunk, ALIGNED_CLASSES), tiling.chunk)
         class_exists: Any = None
         vector_exists: Any = None
         column = lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1) + c * tiling.chunk
@@ -203,7 +211,7 @@ def _kernel(
             # The same for all of a vector, of which one element at least is the row's.
             vector_exists = lax.div(here, jnp.int32(_VECTOR)) <= lax.div(row_start + (classes - 1), jnp.int32(_VECTOR))
 
-        def place(ref, stored):
+        def place(ref, stored, at_classes=at_classes):
             """Index and mask of the tile in an operand that may be constant along either dimension."""
             if len(ref.shape) == 1:
                 mask = _all(class_exists if stored and not whole else vector_exists, row_exists)
@@ -221,7 +229,7 @@ def _kernel(
         def load(name, ref):
             if name in decoders:
                 return decoders[name](c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
-            index, mask = place(ref, stored=False)
+            index, mask = place(ref, False, at_labels if name == "labels" else at_classes)
             other = None if mask is None else jnp.zeros((), ref.dtype)
             return plgpu.load(ref.at[index], mask=mask, other=other)
 

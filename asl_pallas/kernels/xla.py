@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax import Array, lax
 
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.kernels.logarithm import log
+from asl_pallas.kernels.row_blocks import rows_of_a_block, walk
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
 from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
@@ -24,15 +26,16 @@ _UNPACKED = 1024  # classes
 def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     classes = operands.logits.shape[-1]
+    operands = operands.own_labels()._replace(decisions=())
     operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
-    value, gradient, sums = task.evaluate(operands, ops=ops)
+    value, gradient, sums, _ = task.evaluate(operands, ops=ops)
     if task.statistics:
         sums = sums._replace(counts=task.count(operands, ops=ops))
         sums = lax.stop_gradient(task.row_statistics(sums, dataclasses.replace(ops, signed_per_element=True), operands))
     if task.value == "rows":
         value, sums = jax.tree.map(lambda part: sum_over(part, (part.ndim - 1,)), (value, sums))
     if task.gradient:
-        gradient = gradient.astype(operands.logits.dtype)
+        gradient = gradient.astype(task.gradient_of(operands.logits))
     return Result(value, gradient, sums)
 
 
@@ -44,6 +47,7 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     the value comes block by block, with the block in the cache. That exp and log are computed twice costs less than the
     memory would. With packed labels the gradient comes block by block too, so that they can be unpacked in the cache.
     """
+    operands = operands.own_labels()
     tiling = cpu_tiling(*operands.logits.shape)
     if task.labels == "sparse":
         # Words are a thirty-second of the logits, and would be made twice otherwise.
@@ -52,8 +56,10 @@ def run_streamed(task: Task, operands: Operands) -> Result:
         task = dataclasses.replace(task, labels="packed")
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
-    if tiling is None or (one_result and not packed) or task.statistics:
+    if tiling is None or (one_result and not packed and not task.statistics):
         return run(task, operands, CPU)
+    if task.statistics:
+        return _with_statistics(task, operands)
     value, gradient = None, None
     if task.value is not None:
         value = _by_blocks(dataclasses.replace(task, gradient=False), operands, tiling)
@@ -83,7 +89,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     rows, classes = operands.logits.shape
     packed = task.labels == "packed"
     sums = task.value == "rows"
-    dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
+    dtype = task.gradient_of(operands.logits) if task.gradient else compute_dtype(operands.logits.dtype)
     ops = dataclasses.replace(CPU, signed_per_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task, value=None if task.gradient else "elements")
 
@@ -148,6 +154,39 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     start = jnp.zeros((rows, columns if sums else classes), dtype)
     result = lax.fori_loop(0, math.ceil(rows / tiling.rows), blocks_of_rows, start)
     return task.row_losses(sum_last(result), ops) if sums else result
+
+
+def _with_statistics(task: Task, operands: Operands) -> Result:
+    """Losses, gradient and sums of rows."""
+    rows, classes = operands.logits.shape
+    dtype = compute_dtype(operands.logits.dtype)
+    size = rows_of_a_block(rows, classes, rows)
+    # The gradient takes the place of logits that have been read, and has their dtype until all have been.
+    logits = operands.logits if task.gradient else None
+    by_element = dataclasses.replace(task, labels="dense", gradient_dtype=None)
+    zeros = jax.tree.map(lambda _: jnp.zeros(rows, dtype), (1, task.sums_like(operands, 1)))
+
+    def block(carry: Any, tile: Operands, row: Array | int, ops: Ops) -> Any:
+        logits, sums = carry
+        if logits is not None:
+            part = lax.dynamic_slice(logits, (row, 0), (tile.labels.shape[0], classes))
+            tile = tile._replace(logits=part)
+        found = run(by_element, unpacked_labels(task, tile, classes), ops)
+        if logits is not None:
+            logits = lax.dynamic_update_slice(logits, found.gradient, (row, 0))
+        of_rows = (found.value, found.sums)
+        return logits, jax.tree.map(lambda all, part: lax.dynamic_update_slice(all, part, (row,)), sums, of_rows)
+
+    others = operands if logits is None else operands._replace(logits=None)
+    gradient, (value, sums) = walk(others, (rows, classes), size, CPU, (logits, zeros), block)
+    return Result(value, gradient.astype(task.gradient_of(operands.logits)) if task.gradient else None, sums)
+
+
+def unpacked_labels(task: Task, tile: Operands, classes: int) -> Operands:
+    """A block's words as an element each, written to the cache."""
+    if task.labels == "dense":
+        return tile
+    return tile.map(lambda name, words: _unpacked(words, classes) if name in ENCODED else words)
 
 
 def _unpacked(words: Array, classes: int) -> Array:
