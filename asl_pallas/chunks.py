@@ -128,7 +128,11 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     if (counts := _counts(task, arrays.where, arrays.labels)) is not None:
         features = jnp.where(counts.any(-1, keepdims=True), features, jnp.zeros_like(features))
     features = features.reshape(math.prod(leading), depth)
-    chunk = work.chunk or head_chunk(features.shape[0], classes, likely_platform())
+    platform = likely_platform()
+    chunk = work.chunk or head_chunk(features.shape[0], classes, platform)
+    # Every class will be written. A GPU need not fill the array first; XLA for a TPU copies it where it isn't filled and
+    # the last chunk is smaller than the others.
+    unwritten = lax.empty if platform == "gpu" else jnp.zeros
     around = Operands(
         *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent),
         vectors=arrays.vectors,
@@ -147,7 +151,9 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     def one(start: Any, size: int, found: Found) -> Found:
         whole = arrays.kernel if step is None else found.kernel
         kernel = _kernel_of(whole, start, size, features.dtype, exchange)
-        labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
+        labels = None
+        if not in_place or task.ignore_label is not None:
+            labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
         where = arrays.where
         where = _slice(where, start, size) if where is not None and where.shape[-1] == classes else where
         if (counts := _counts(task, where, labels)) is not None:
@@ -215,8 +221,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     nothing = Found(
         value=None if task.value is None else (jnp.zeros(leading, dtype),) * 2,
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
-        # Every class of it is written.
-        kernel=lax.empty(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
+        kernel=unwritten(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
         sums=task.sums_like(everything, jnp.zeros(leading, dtype)),
         of_classes=task.class_sums_like(everything, jnp.zeros(classes, dtype)),
@@ -235,8 +240,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     return found
 
 
-def _counts(task: Task, where: Array | None, labels: Array) -> Array | None:
-    """Which elements are in the loss, of the logits' rank; None for all."""
+def _counts(task: Task, where: Array | None, labels: Any) -> Array | None:
+    """Which elements are in the loss, of the logits' rank; None for all. Labels are needed with an ignore_label alone."""
     masks = [] if where is None else [where]
     if task.ignore_label is not None and labels.dtype != jnp.bool_:
         masks.append(is_annotated(labels, task.ignore_label))

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
+from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_multilabel_step
 from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.losses import AsymmetricLoss
@@ -34,6 +34,7 @@ from profiling.speed import Runner
 ROWS, DEPTH, CLASSES, IDS = 4096, 1024, 131_072, 16
 MANY_CLASSES = 1_048_576
 ON_CPU = (256, 256, CLASSES)
+STEP = (512, 512, MANY_CLASSES)
 
 
 def fused(features: Any, kernel: Any, labels: Any) -> Any:
@@ -57,6 +58,24 @@ def unfused(features: Any, kernel: Any, labels: Any) -> Any:
 def three_products(features: Any, kernel: Any, slope: Any) -> tuple[Any, Any, Any]:
     """What any head has to multiply, in the features' dtype: the logits, and both gradients from theirs."""
     return features @ kernel, slope @ kernel.T, features.T @ slope
+
+
+def descended(kernel: Any, gradient: Any, state: Any) -> tuple[Any, Any]:
+    """Gradient descent, as `linear_multilabel_step` takes it: of a chunk of the kernel."""
+    return kernel.astype(gradient.dtype) - 0.1 * gradient, state
+
+
+def training_step(features: Any, kernel: Any, labels: Any) -> tuple[Any, Any, Any]:
+    """Loss, features' gradient and the next kernel, with no gradient of the whole kernel in between."""
+    weights = jnp.float32(1 / features.shape[0])
+    step = linear_multilabel_step(AsymmetricLoss(), features, kernel, labels, descended, (), weights=weights)
+    return step.loss, step.features, step.kernel
+
+
+def ordinary_step(features: Any, kernel: Any, labels: Any) -> tuple[Any, Any, Any]:
+    """The same by way of the gradient."""
+    loss, (of_features, of_kernel) = jax.value_and_grad(fused, (0, 1))(features, kernel, labels)
+    return loss, of_features, descended(kernel, of_kernel, ())[0].astype(kernel.dtype)
 
 
 def rounded_products(features: Any, kernel: Any, slope: Any) -> tuple[Any, Any, Any]:
@@ -90,6 +109,26 @@ def memory(target: str, most: dict[int, float]) -> Iterator[Line]:
         if classes == CLASSES:
             compiled = targets.compile_for(target, STEPS["unfused"], *shapes(classes, "bytes"))
             yield Line(_name(classes), "temporaries, unfused", targets.temporary_bytes(compiled) / MIB, "MiB")
+
+
+def memory_of_a_step(target: str) -> Iterator[Line]:
+    """What a training step with a million classes takes beside its weights, which are donated."""
+    targets.device(target)
+    rows, depth, classes = STEP
+    where = f"{rows}x{depth}-bf16, {classes:,} classes, {IDS} ids, training step"
+    operands = (
+        jax.ShapeDtypeStruct((rows, depth), jnp.bfloat16),
+        jax.ShapeDtypeStruct((depth, classes), jnp.bfloat16),
+        SparseLabels.tree_unflatten(classes, (jax.ShapeDtypeStruct((rows, IDS), jnp.int32),)),
+    )
+    weights = 2 * depth * classes / MIB
+    yield Line(where, "weights", weights, "MiB")
+    for name, step, bound in (
+        ("linear_multilabel_step", training_step, weights / 10),
+        ("by way of the gradient", ordinary_step, None),
+    ):
+        compiled = targets.compile_for(target, step, *operands, donate=(1,))
+        yield Line(where, f"temporaries, {name}", targets.temporary_bytes(compiled) / MIB, "MiB", bound)
 
 
 def _name(classes: int) -> str:
@@ -177,8 +216,15 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Line]], ...]] = {
     CPU: (lambda: on_this_device(ON_CPU, "float32"),),
     GPU: (lambda: on_this_device((ROWS, DEPTH, CLASSES), "bfloat16"),),
     TPU: (lambda: on_this_device((ROWS, DEPTH, CLASSES), "bfloat16"),),
-    "v5e": (functools.partial(memory, "v5e", {CLASSES: 8, MANY_CLASSES: 64}), cycles_on_v5e),
-    "h100": (functools.partial(memory, "h100", {CLASSES: 128}),),
+    "v5e": (
+        functools.partial(memory, "v5e", {CLASSES: 8, MANY_CLASSES: 64}),
+        functools.partial(memory_of_a_step, "v5e"),
+        cycles_on_v5e,
+    ),
+    "h100": (
+        functools.partial(memory, "h100", {CLASSES: 128}),
+        functools.partial(memory_of_a_step, "h100"),
+    ),
 }
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.kernels import of_classes, xla
+from asl_pallas.kernels import cpu_statistics, of_classes, xla
 from asl_pallas.kernels.platforms import Code, by_platform
 from asl_pallas.kernels.sums import ClassSums
 from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
@@ -260,7 +260,8 @@ def _functions(
             raise NotImplementedError(f"implementation={implementation!r} can't serve this call: {reason}")
         kernel = of_kernel(implementation)
         return {PLATFORMS[implementation]: kernel, "default": functools.partial(_refuse, implementation)}
-    streamed = functools.partial(_with_classes, xla.run_streamed, of_classes.sums_by_blocks, task)
+    of_cpu = cpu_statistics.streamed if task.statistics else xla.run_streamed
+    streamed = functools.partial(_with_classes, of_cpu, of_classes.sums, task)
     functions: dict[str, Callable[[Operands], Result]] = {"cpu": streamed}
     if implementation is None:
         for name in CHOSEN:
@@ -277,9 +278,8 @@ def _with_classes(
 ) -> Result:
     """`run`, and by class `sums` in a pass of their own where it doesn't give them."""
     found = run(task, operands)
-    operands = operands.own_labels()
     missing = task.statistics and operands.decisions and found.of_classes is None
-    return found._replace(of_classes=sums(task, operands)) if missing else found
+    return found._replace(of_classes=sums(task, operands.own_labels())) if missing else found
 
 
 def _pays(implementation: str, task: Task, operands: Operands) -> bool:

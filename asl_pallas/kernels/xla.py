@@ -12,7 +12,6 @@ from jax import Array, lax
 
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.row_blocks import rows_of_a_block, walk
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
 from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
@@ -28,15 +27,22 @@ def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     classes = operands.logits.shape[-1]
     operands = operands.own_labels()._replace(decisions=())
     operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
-    value, gradient, sums, _ = task.evaluate(operands, ops=ops)
-    if task.statistics:
-        sums = sums._replace(counts=task.count(operands, ops=ops))
-        sums = lax.stop_gradient(task.row_statistics(sums, dataclasses.replace(ops, signed_per_element=True), operands))
+    value, gradient, sums, _ = elements(task, operands, ops)
     if task.value == "rows":
         value, sums = jax.tree.map(lambda part: sum_over(part, (part.ndim - 1,)), (value, sums))
     if task.gradient:
         gradient = gradient.astype(task.gradient_of(operands.logits))
     return Result(value, gradient, sums)
+
+
+def elements(task: Task, operands: Operands, ops: Ops) -> Result:
+    """What `Task.evaluate` gives, with the counts of each element, and statistics as those of a row are defined."""
+    found = task.evaluate(operands, ops=ops)
+    if not task.statistics:
+        return found
+    sums = found.sums._replace(counts=task.count(operands, ops=ops))
+    sums = task.row_statistics(sums, dataclasses.replace(ops, signed_per_element=True), operands)
+    return found._replace(sums=lax.stop_gradient(sums))
 
 
 def run_streamed(task: Task, operands: Operands) -> Result:
@@ -49,17 +55,11 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     """
     operands = operands.own_labels()
     tiling = cpu_tiling(*operands.logits.shape)
-    if task.labels == "sparse":
-        # Words are a thirty-second of the logits, and would be made twice otherwise.
-        classes = operands.logits.shape[-1]
-        operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)
-        task = dataclasses.replace(task, labels="packed")
+    task, operands = with_words(task, operands)
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
-    if tiling is None or (one_result and not packed and not task.statistics):
+    if tiling is None or (one_result and not packed):
         return run(task, operands, CPU)
-    if task.statistics:
-        return _with_statistics(task, operands)
     value, gradient = None, None
     if task.value is not None:
         value = _by_blocks(dataclasses.replace(task, gradient=False), operands, tiling)
@@ -71,6 +71,15 @@ def run_streamed(task: Task, operands: Operands) -> Result:
             ops = dataclasses.replace(CPU, signed_per_element=alone.needs_elements(operands))
             gradient = run(alone, operands if value is None else _after(value, operands), ops).gradient
     return Result(value, gradient)
+
+
+def with_words(task: Task, operands: Operands) -> tuple[Task, Operands]:
+    """With ids as the words of the labels, a thirty-second of the logits: they would be made twice otherwise."""
+    if task.labels != "sparse":
+        return task, operands
+    classes = operands.logits.shape[-1]
+    operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)
+    return dataclasses.replace(task, labels="packed"), operands
 
 
 def _after(value: Array, operands: Operands) -> Operands:
@@ -114,7 +123,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
             words = lax.dynamic_slice(words, (row, 0), (tiling.rows, words.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
-            return _unpacked(words, tiling.classes)
+            return unpacked(words, tiling.classes)
 
         in_cache = {}
         if packed:
@@ -156,40 +165,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     return task.row_losses(sum_last(result), ops) if sums else result
 
 
-def _with_statistics(task: Task, operands: Operands) -> Result:
-    """Losses, gradient and sums of rows."""
-    rows, classes = operands.logits.shape
-    dtype = compute_dtype(operands.logits.dtype)
-    size = rows_of_a_block(rows, classes, rows)
-    # The gradient takes the place of logits that have been read, and has their dtype until all have been.
-    logits = operands.logits if task.gradient else None
-    by_element = dataclasses.replace(task, labels="dense", gradient_dtype=None)
-    zeros = jax.tree.map(lambda _: jnp.zeros(rows, dtype), (1, task.sums_like(operands, 1)))
-
-    def block(carry: Any, tile: Operands, row: Array | int, ops: Ops) -> Any:
-        logits, sums = carry
-        if logits is not None:
-            part = lax.dynamic_slice(logits, (row, 0), (tile.labels.shape[0], classes))
-            tile = tile._replace(logits=part)
-        found = run(by_element, unpacked_labels(task, tile, classes), ops)
-        if logits is not None:
-            logits = lax.dynamic_update_slice(logits, found.gradient, (row, 0))
-        of_rows = (found.value, found.sums)
-        return logits, jax.tree.map(lambda all, part: lax.dynamic_update_slice(all, part, (row,)), sums, of_rows)
-
-    others = operands if logits is None else operands._replace(logits=None)
-    gradient, (value, sums) = walk(others, (rows, classes), size, CPU, (logits, zeros), block)
-    return Result(value, gradient.astype(task.gradient_of(operands.logits)) if task.gradient else None, sums)
-
-
-def unpacked_labels(task: Task, tile: Operands, classes: int) -> Operands:
-    """A block's words as an element each, written to the cache."""
-    if task.labels == "dense":
-        return tile
-    return tile.map(lambda name, words: _unpacked(words, classes) if name in ENCODED else words)
-
-
-def _unpacked(words: Array, classes: int) -> Array:
+def unpacked(words: Array, classes: int) -> Array:
     """The block's labels, written to the cache some classes at a time.
 
     In one expression with the loss it would keep the compiler from vectorising either: the gradient of float32
