@@ -2,6 +2,7 @@
 
 from asl_pallas.adaptive import AdaptiveAsymmetry, AsymmetryState
 from asl_pallas.api import asymmetric_loss, multilabel_loss, sigmoid_asymmetric_loss
+from asl_pallas.explanation import Explanation, explain
 from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss, linear_top_k
 from asl_pallas.head_step import HeadStep, linear_multilabel_step
 from asl_pallas.kernels.platforms import EXPORT_CHECKS
@@ -19,6 +20,7 @@ __all__ = [
     "AsymmetricLoss",
     "AsymmetryState",
     "ClassStatistics",
+    "Explanation",
     "HeadStep",
     "PackedLabels",
     "PartialLabels",
@@ -29,6 +31,7 @@ __all__ = [
     "asymmetric_loss",
     "checked_labels",
     "decision_logit",
+    "explain",
     "label_frequencies",
     "linear_asymmetric_loss",
     "linear_multilabel_loss",

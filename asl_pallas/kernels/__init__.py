@@ -121,7 +121,7 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
         return _with_classes(xla.run, of_classes.sums, task, operands)
     value, gradient, sums, sums_of_classes = _run_matrix(
-        task, unify_varying_axes(_matrices(operands)), implementation, interpret
+        task, unify_varying_axes(matrices(operands)), implementation, interpret
     )
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
@@ -134,10 +134,10 @@ def _run_matrix(task: Task, operands: Operands, implementation: str | None, inte
     if interpret and implementation == "mosaic_gpu":
         # Its interpreter has effects that JAX has to see while it traces, and no operation's lowering may bring in.
         return _kernel(implementation, task, operands, interpret=True)
-    return by_platform(operands, _TaskCode(task, _shapes_of(operands), implementation, interpret))
+    return by_platform(operands, _TaskCode(task, shapes_of(operands), implementation, interpret))
 
 
-def _shapes_of(operands: Operands) -> Operands:
+def shapes_of(operands: Operands) -> Operands:
     return jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
 
 
@@ -216,7 +216,7 @@ class _TaskCode:
             return None
         merged = operands.map(merge, mapped)
         task = dataclasses.replace(self.task, loss=loss)
-        return merged, dataclasses.replace(self, task=task, shapes=_shapes_of(merged))
+        return merged, dataclasses.replace(self, task=task, shapes=shapes_of(merged))
 
 
 def _chosen(task: Task, asked: tuple[bool, ...], function: Callable[[Operands], Result]) -> Callable[[Operands], Any]:
@@ -265,7 +265,7 @@ def _functions(
     functions: dict[str, Callable[[Operands], Result]] = {"cpu": streamed}
     if implementation is None:
         for name in CHOSEN:
-            if refusal(name, shapes, task.labels, task.statistics) is None and _pays(name, task, shapes):
+            if why_not_chosen(name, task, shapes) is None:
                 functions[PLATFORMS[name]] = of_kernel(name)
     return {**functions, "default": plain}
 
@@ -282,13 +282,21 @@ def _with_classes(
     return found._replace(of_classes=sums(task, operands.own_labels())) if missing else found
 
 
-def _pays(implementation: str, task: Task, operands: Operands) -> bool:
-    """Whether the kernel is no slower than what XLA makes of the formula: by schedule on a TPU, measured on an H100."""
+def why_not_chosen(implementation: str, task: Task, operands: Operands) -> str | None:
+    """Why implementation=None doesn't pick this kernel on its own platform, or None where it does.
+
+    Whether it is slower than what XLA makes of the formula is known by schedule on a TPU and measured on an H100.
+    """
+    if reason := refusal(implementation, operands, task.labels, task.statistics):
+        return reason
+    if implementation not in CHOSEN:
+        return "'triton' is as fast or faster"
     rows, classes = operands.logits.shape
-    return (tpu_pays if implementation == "mosaic_tpu" else triton_pays)(rows, classes, task.labels)
+    pays = tpu_pays if implementation == "mosaic_tpu" else triton_pays
+    return None if pays(rows, classes, task.labels) else f"XLA's own loop is faster for {rows} x {classes}"
 
 
-def _matrices(operands: Operands) -> Operands:
+def matrices(operands: Operands) -> Operands:
     """Every operand as (rows, classes), (rows, 1) or (1, classes); words and ids as (rows, words) and (rows, k)."""
     *leading, _ = operands.logits.shape
     rows = math.prod(leading)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +118,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands, row))
 
-        def unpacked(words: Array) -> Array:
+        def of_the_block(words: Array) -> Array:
             words = lax.dynamic_slice(words, (row, 0), (tiling.rows, words.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
@@ -127,7 +126,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
 
         in_cache = {}
         if packed:
-            in_cache = {name: unpacked(words) for name, words in arrays.arrays() if name in ENCODED}
+            in_cache = {name: of_the_block(words) for name, words in arrays.arrays() if name in ENCODED}
 
         def evaluate(start: int, columns: int) -> Result:
             def part(name: str, array: Array) -> Array:
