@@ -161,10 +161,10 @@ def multilabel_loss(
       statistics: True for `Statistics` of the same pass beside the loss, summed over the same axes, of which the
         classes have to be one: `jax.value_and_grad(..., has_aux=True)` takes the pair.
       decision_logits: with it, statistics have `by_class`, which counts what is predicted from these logits on; see
-        `decision_logit`. A number, (classes,), or for several decisions a class (..., classes) or (..., 1). XLA adds up
-        what is by class, in a second pass over logits and labels.
-      logits, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
-        implementation: as in `asymmetric_loss`.
+        `decision_logit`. A number, (classes,), or for several decisions a class (..., classes) or (..., 1). On a
+        GPU, XLA counts by class in a second pass over logits and labels.
+      logits, axis, where, weights, pos_weight: as in `asymmetric_loss`.
+      ignore_label, label_smoothing, donate_logits, logits_spec, implementation: as in `asymmetric_loss`.
 
     Returns:
       The loss, float32, or float64 for float64 logits; with statistics=True the pair of it and `Statistics`. The

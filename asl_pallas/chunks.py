@@ -130,8 +130,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     features = features.reshape(math.prod(leading), depth)
     platform = likely_platform()
     chunk = work.chunk or head_chunk(features.shape[0], classes, platform)
-    # Every class will be written. A GPU need not fill the array first; XLA for a TPU copies it where it isn't filled and
-    # the last chunk is smaller than the others.
+    # Every class will be written, so a GPU need not fill the array first. XLA for a TPU would copy it, where the last
+    # chunk is smaller than the others.
     unwritten = lax.empty if platform == "gpu" else jnp.zeros
     around = Operands(
         *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent),
@@ -241,7 +241,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
 
 
 def _counts(task: Task, where: Array | None, labels: Any) -> Array | None:
-    """Which elements are in the loss, of the logits' rank; None for all. Labels are needed with an ignore_label alone."""
+    """Which elements are in the loss, of the logits' rank; None for all. Only an ignore_label needs labels."""
     masks = [] if where is None else [where]
     if task.ignore_label is not None and labels.dtype != jnp.bool_:
         masks.append(is_annotated(labels, task.ignore_label))

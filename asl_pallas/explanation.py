@@ -59,7 +59,7 @@ def explain(
     """Which implementation `multilabel_loss` uses for these arguments, without compiling or computing anything.
 
     Args:
-      logits, labels: arrays, or `jax.ShapeDtypeStruct`s of them. Under a mesh, those of one device's part.
+      logits, labels: arrays, or a `jax.ShapeDtypeStruct` for each. Under a mesh, those of one device's part.
       loss: a loss object; None for `AsymmetricLoss()`.
       axis, where, weights, pos_weight, ignore_label, label_smoothing, statistics, implementation: as in
         `multilabel_loss`.

@@ -87,8 +87,8 @@ def linear_multilabel_step(
       bias: (classes,), a float dtype. Its gradient is returned, and it is not updated.
       rounding_key: with a JAX key, a kernel narrower than float32 is rounded stochastically, so that updates smaller
         than half of its last bit count on average. A key of its own for each step.
-      chunk_size, where, weights, pos_weight, ignore_label, label_smoothing, precision, features_spec, kernel_spec,
-        implementation: as in `linear_asymmetric_loss`.
+      chunk_size, where, weights, pos_weight, ignore_label, label_smoothing: as in `linear_asymmetric_loss`.
+      precision, features_spec, kernel_spec, implementation: as in `linear_asymmetric_loss`.
 
     Returns:
       `HeadStep`. No part of it can be differentiated.

@@ -135,7 +135,7 @@ class Statistics:
         stands for, unless the loss is cross-entropy: see `ElementwiseLoss.probability`.
       dropped_negatives: how many negatives are at or below the loss's margin, so that it doesn't hear them.
       positive_loss, negative_loss: the weighted loss of either. What is not annotated counts with the negatives here.
-      positive_gradient, negative_gradient: sums of |d loss / d logit| over either, weighted.
+      positive_gradient, negative_gradient: sums of abs(d loss / d logit) over either, weighted.
       by_class: `ClassStatistics` of all examples, whatever the losses are summed over; None without decision_logits.
     """
 

@@ -102,7 +102,7 @@ ENCODED = ("labels", "negatives")
 
 class Result(NamedTuple):
     """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in `Task.gradient_of`;
-    sums: `Sums` of (rows,); of_classes: `ClassSums` of (classes,), which no kernel gives.
+    sums: `Sums` of (rows,); of_classes: `ClassSums` of (classes,).
 
     Arrays, or None where the task asks for none. Of a tile all are numbers per element, and counts are left out.
     """
