@@ -82,7 +82,7 @@ def explain(
     platform = _lowered_for() if platform is None else platform
     if platform not in _PLATFORMS:
         raise ValueError(f"platform={platform!r}; expected None or one of {', '.join(map(repr, _PLATFORMS))}")
-    found: list[tuple[call.Checked, Operands]] = []
+    found: list[tuple[call.Checked, Operands, int]] = []
 
     def trace(logits: Any, labels: Any, arrays: dict[str, Any]) -> None:
         x = arguments.check_logits(logits)
@@ -99,13 +99,13 @@ def explain(
         )
         operands = Operands(logits=x, **checked.arrays)
         operands = call.laid_out("explain", checked.task.loss, (), operands, x.shape, x.dtype)
-        found.append((checked, kernels.shapes_of(kernels.matrices(operands))))
+        found.append((checked, kernels.shapes_of(kernels.matrices(operands)), x.ndim))
 
     arrays = {"where": where, "weights": weights, "pos_weight": pos_weight}
     jax.eval_shape(trace, logits, labels, arrays)
-    checked, operands = found[0]
+    checked, operands, ndim = found[0]
     task = dataclasses.replace(checked.task, gradient=True)
-    leaves_the_classes_in = bool(checked.axes) and len(logits.shape) - 1 not in checked.axes
+    leaves_the_classes_in = bool(checked.axes) and ndim - 1 not in checked.axes
     others = {}
     for name, its_platform in kernels.PLATFORMS.items():
         if its_platform is None:

@@ -223,7 +223,7 @@ def test_on_a_mesh_they_move_as_one_number_a_class():
             lambda x, y: multilabel_loss(AsymmetricLoss(), x, y, axis=None, statistics=True, decision_logits=0.0)
         )
         text = step.lower(x, y).compile().as_text()
-    moved = re.findall(r"= (\(?[^=]*?)all-reduce(?:-start)?\(", text)
+    moved = re.findall(r" = (.*) all-reduce(?:-start)?\(", text)
     assert moved
     assert not re.search(r"\[\d+,96\]", " ".join(moved))
     assert "all-gather" not in text
@@ -268,7 +268,8 @@ def test_their_scores_are_scikit_learns():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
     np.testing.assert_allclose(found.macro_f1, np.nanmean(expected[2]), rtol=1e-5)
     np.testing.assert_allclose(found.micro_f1, metrics.f1_score(y, called, average="micro"), rtol=1e-5)
-    correlation = [metrics.matthews_corrcoef(y[:, c], called[:, c]) for c in range(30)]
+    # scikit-learn warns of class 3, whose labels and predictions are all 0.
+    correlation = [0.0 if c == 3 else metrics.matthews_corrcoef(y[:, c], called[:, c]) for c in range(30)]
     np.testing.assert_allclose(found.mcc, correlation, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found.micro_mcc, metrics.matthews_corrcoef(y.reshape(-1), called.reshape(-1)), rtol=1e-4)
 

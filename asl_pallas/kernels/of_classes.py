@@ -1,4 +1,4 @@
-"""What is added up over the examples, class by class: in an expression for XLA, a pass of its own where no kernel has it."""
+"""What is added up over the examples, class by class, as an expression for XLA where no kernel has it."""
 
 from __future__ import annotations
 
