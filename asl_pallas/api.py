@@ -15,9 +15,10 @@ from jax.typing import ArrayLike
 
 from asl_pallas import arguments, call, kernels, sharding, vjp
 from asl_pallas.foreign_names import explains_foreign_names
+from asl_pallas.kernels.operands import Operands
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.sums import ClassSums
-from asl_pallas.kernels.tile import Operands, Task
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss

@@ -10,7 +10,8 @@ from jax import Array, lax
 
 from asl_pallas import arguments, kernels
 from asl_pallas.forward_mode import reverse_mode_only
-from asl_pallas.kernels.tile import Task, compute_dtype
+from asl_pallas.kernels.operands import compute_dtype
+from asl_pallas.kernels.tile import Task
 from asl_pallas.losses import ElementwiseLoss
 
 

@@ -21,9 +21,10 @@ from jax import Array, lax
 
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
+from asl_pallas.kernels.operands import ALIGNED_CLASSES, Form, Operands, compute_dtype
 from asl_pallas.kernels.platforms import likely_platform
 from asl_pallas.kernels.summation import add_exactly, sum_over, total_of
-from asl_pallas.kernels.tile import ALIGNED_CLASSES, Form, Operands, Task, compute_dtype, is_annotated
+from asl_pallas.kernels.tile import Task, is_annotated
 from asl_pallas.kernels.tiling import LARGEST_INT32, head_chunk
 from asl_pallas.kernels.versions import unify_varying_axes
 

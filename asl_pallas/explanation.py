@@ -9,8 +9,8 @@ import jax
 from jax.typing import ArrayLike
 
 from asl_pallas import arguments, call, kernels
+from asl_pallas.kernels.operands import Operands
 from asl_pallas.kernels.platforms import likely_platform
-from asl_pallas.kernels.tile import Operands
 from asl_pallas.kernels.tiling import cpu_tiling
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss

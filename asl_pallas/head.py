@@ -14,13 +14,13 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, call, chunks, head_sharding, kernels, vjp
+from asl_pallas import arguments, call, chunks, head_arguments, head_sharding, kernels, vjp
 from asl_pallas.chunks import PARAMETERS, Arrays, Work
 from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.head_sharding import HeadLayout
+from asl_pallas.kernels.operands import compute_dtype
 from asl_pallas.kernels.summation import sum_over
 from asl_pallas.kernels.sums import ClassSums
-from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
@@ -237,8 +237,8 @@ def prepare(
     kernel_spec: Any,
     **options: Any,
 ) -> Prepared:
-    x = arguments.check_features(features)
-    w = arguments.check_kernel(kernel, x)
+    x = head_arguments.check_features(features)
+    w = head_arguments.check_kernel(kernel, x)
     # What the checks of multilabel_loss ask about the logits.
     logits = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), compute_dtype(x.dtype))
     checked = call.check(loss, logits, labels, **options)
@@ -250,13 +250,13 @@ def prepare(
     work = Work(
         task=checked.task,
         gradients=(),
-        chunk=arguments.check_chunk_size(chunk_size),
-        precision=arguments.check_precision(precision),
+        chunk=head_arguments.check_chunk_size(chunk_size),
+        precision=head_arguments.check_precision(precision),
         implementation=checked.implementation,
         interpret=checked.interpret,
     )
     specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
-    arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
+    arrays = Arrays(features=x, kernel=w, bias=head_arguments.check_bias(bias, w), **checked.arrays)
     return Prepared(checked, work, arrays, specs)
 
 
@@ -342,80 +342,6 @@ class _Execution:
         if self.total:
             by_example = jnp.broadcast_to(cotangent, (*arrays.features.shape[:-1], 1))
         return arrays._replace(cotangent=by_example)
-
-
-def linear_top_k(
-    features: ArrayLike,
-    kernel: ArrayLike,
-    k: int,
-    *,
-    loss: ElementwiseLoss | None = None,
-    bias: ArrayLike | None = None,
-    chunk_size: int | None = None,
-    precision: Any = None,
-    features_spec: PartitionSpec | None = None,
-    kernel_spec: PartitionSpec | None = None,
-) -> tuple[Array, Array]:
-    """`jax.lax.top_k(features @ kernel + bias, k)` without the logits: the best k labels of each example.
-
-    Args:
-      features, kernel, bias, chunk_size, precision, features_spec, kernel_spec: as in `linear_asymmetric_loss`.
-      k: how many, a Python int, 1 <= k <= classes.
-      loss: what the head was trained with, for probabilities by its link, `ElementwiseLoss.probability`; None for
-        logits. Its hyper-parameters are numbers or scalars: with a value per class, labels in the order of their
-        logits aren't in that of their probabilities.
-
-    Returns:
-      scores: (..., k), best first: logits, or probabilities by the loss; float32, or float64 for float64 features.
-      ids: (..., k), int32. Of equal scores the lower id comes first; -0.0 comes after 0.0, as in jax.lax.top_k.
-
-    Raises:
-      ValueError, TypeError: an argument of the wrong kind, shape or range.
-    """
-    x = arguments.check_features(features)
-    w = arguments.check_kernel(kernel, x)
-    b = arguments.check_bias(bias, w)
-    call = _TopK(
-        k=arguments.check_k(k, w.shape[1]),
-        chunk_size=arguments.check_chunk_size(chunk_size),
-        precision=arguments.check_precision(precision),
-        features_spec=arguments.check_spec("features", features_spec, x.ndim),
-        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
-    )
-    _check_ranking_loss(loss)
-    scores, ids = _linear_top_k(call, x, w, b)
-    return (scores if loss is None else loss.probability(scores)), ids
-
-
-def _check_ranking_loss(loss: Any) -> None:
-    if loss is None:
-        return
-    if not isinstance(loss, ElementwiseLoss):
-        raise TypeError(f"loss={loss!r}; expected None or a loss object, such as asl_pallas.AsymmetricLoss()")
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(loss)]
-    if any(math.prod(shape) > 1 for shape in shapes):
-        raise ValueError(
-            f"loss has hyper-parameters of shapes {shapes}, so that the best logits aren't the best probabilities; "
-            "expected numbers or scalars, or loss=None for logits"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _TopK:
-    k: int
-    chunk_size: int | None
-    precision: Any
-    features_spec: PartitionSpec | None
-    kernel_spec: PartitionSpec | None
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _linear_top_k(call: _TopK, features: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
-    layout = layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
-    arguments_of_call = (features, kernel, bias, call.k, call.chunk_size, call.precision)
-    if isinstance(layout, HeadLayout):
-        return head_sharding.top_k(*arguments_of_call, layout)
-    return chunks.top_k(*arguments_of_call)
 
 
 def layout_of(

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from asl_pallas import chunks
 from asl_pallas.bits import GROUP, cut
 from asl_pallas.chunks import Arrays, Exchange, Found, Step, Work
-from asl_pallas.kernels.tile import ENCODED, VECTORS, Form
+from asl_pallas.kernels.operands import ENCODED, VECTORS, Form
 from asl_pallas.kernels.versions import vary_as_operands
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 

@@ -17,7 +17,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas.bits import GROUP, cut
-from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task
+from asl_pallas.kernels.operands import ENCODED, Operands, Result
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.versions import vary_as_operands
 
 Names = tuple[str, ...]

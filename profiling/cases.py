@@ -12,7 +12,7 @@ import numpy as np
 
 from asl_pallas import PackedLabels, SparseLabels
 from asl_pallas.bits import words_for
-from asl_pallas.kernels.tile import Form, Operands
+from asl_pallas.kernels.operands import Form, Operands
 from profiling import targets
 
 CPU, GPU, TPU = "cpu", "gpu", "tpu"  # backends that run, beside the chips that are compiled for

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_multilabel_step
-from asl_pallas.kernels.tile import Operands, Task
+from asl_pallas.kernels.operands import Operands
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.losses import AsymmetricLoss
 from profiling import results, targets

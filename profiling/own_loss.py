@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import kernels, multilabel_loss
-from asl_pallas.kernels.tile import Operands, Task
+from asl_pallas.kernels.operands import Operands
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import ElementwiseLoss, Label
 from profiling import schedule, targets

@@ -15,8 +15,9 @@ from cases import GAMMAS_AND_CLIP, optimising
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
 from asl_pallas.kernels import mosaic_tpu, tiling, triton, xla
 from asl_pallas.kernels.logarithm import log
+from asl_pallas.kernels.operands import Operands
 from asl_pallas.kernels.platforms import by_platform
-from asl_pallas.kernels.tile import Operands, Task
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import LANES, cpu_tiling, tpu_tiling, triton_tiling
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import AsymmetricLoss

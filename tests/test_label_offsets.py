@@ -9,7 +9,8 @@ import pytest
 from cases import KERNELS, interpreted
 
 from asl_pallas import AsymmetricLoss, kernels, linear_multilabel_loss, multilabel_loss
-from asl_pallas.kernels.tile import ALIGNED_CLASSES, Operands, Task
+from asl_pallas.kernels.operands import ALIGNED_CLASSES, Operands
+from asl_pallas.kernels.tile import Task
 
 
 @pytest.mark.mostly_long(short=2)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from asl_pallas.kernels import cpu_statistics, of_classes, xla
+from asl_pallas.kernels.operands import ENCODED, Form, Operands, Result
 from asl_pallas.kernels.platforms import Code, by_platform
 from asl_pallas.kernels.sums import ClassSums
-from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, unify_varying_axes
 from asl_pallas.losses.base import PER_CLASS, ElementwiseLoss

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from asl_pallas.kernels import of_classes
+from asl_pallas.kernels.operands import ENCODED, Operands, Result, compute_dtype, index_where_it_varies
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, add_exactly, sum_over, total_of
-from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import cpu_tiling
 from asl_pallas.kernels.xla import CPU, elements, run, unpacked, with_words
 from asl_pallas.losses.ops import Ops

@@ -22,7 +22,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, index_where_it_varies
+from asl_pallas.kernels.operands import Operands, Result, compute_dtype, index_where_it_varies
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
 from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, unify_varying_axes
 from asl_pallas.losses.ops import Ops

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from asl_pallas.kernels.operands import ENCODED, Operands, positives
 from asl_pallas.kernels.sums import ClassSums, Counts
-from asl_pallas.kernels.tile import ENCODED, Operands, Task, positives
+from asl_pallas.kernels.tile import Task
 from asl_pallas.losses.ops import EXACT, Ops
 
 

@@ -16,8 +16,9 @@ import math
 from typing import Any
 
 from asl_pallas.bits import GROUP
+from asl_pallas.kernels.operands import ENCODED, Form, Operands, compute_dtype
 from asl_pallas.kernels.platforms import tpu_generation
-from asl_pallas.kernels.tile import ENCODED, Form, Operands, Task, compute_dtype
+from asl_pallas.kernels.tile import Task
 
 LANES = 128
 SUBLANES = 8

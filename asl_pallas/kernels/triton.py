@@ -25,8 +25,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
+from asl_pallas.kernels.operands import ALIGNED_CLASSES, ENCODED, Operands, Result, compute_dtype
 from asl_pallas.kernels.sums import packed_like, unpacked
-from asl_pallas.kernels.tile import ALIGNED_CLASSES, ENCODED, Operands, Result, Task, compute_dtype
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 from asl_pallas.losses.ops import EXACT, Ops

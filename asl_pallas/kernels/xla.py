@@ -11,8 +11,9 @@ from jax import Array, lax
 
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.kernels.logarithm import log
+from asl_pallas.kernels.operands import ENCODED, Operands, Result, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
-from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies, positives
+from asl_pallas.kernels.tile import Task
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 from asl_pallas.losses.ops import EXACT, Ops
