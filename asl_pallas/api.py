@@ -163,7 +163,7 @@ def multilabel_loss(
         classes have to be one: `jax.value_and_grad(..., has_aux=True)` takes the pair.
       decision_logits: with it, statistics have `by_class`, which counts what is predicted from these logits on; see
         `decision_logit`. A number, (classes,), or for several decisions a class (..., classes) or (..., 1). On a
-        GPU, XLA counts by class in a second pass over logits and labels.
+        GPU a second kernel counts by class, which reads logits and labels again.
       logits, axis, where, weights, pos_weight: as in `asymmetric_loss`.
       ignore_label, label_smoothing, donate_logits, logits_spec, implementation: as in `asymmetric_loss`.
 

@@ -72,8 +72,15 @@ def test_by_class_nothing_is_as_large_as_the_logits(form, target):
     step = own_loss.step(AsymmetricLoss(), statistics=True, by_class=True, implementation=kernel_of(target))
     compiled = targets.compile_for(target, step, LOGITS, labels)
     assert holds_kernel(target, compiled)
-    # A GPU adds columns up in pieces of its rows.
+    # On a GPU each program writes the sums of its rows.
     assert targets.temporary_bytes(compiled) <= OF_ROWS + (SHAPE[0] * SHAPE[1] // 8 if target == "h100" else 0)
+
+
+@pytest.mark.mostly_long(short=1)
+def test_by_class_with_64_bit_types_it_compiles_too(target):
+    step = own_loss.step(AsymmetricLoss(), statistics=True, by_class=True, implementation=kernel_of(target))
+    with jax.enable_x64(True):
+        assert holds_kernel(target, targets.compile_for(target, step, LOGITS, LABELS))
 
 
 @pytest.mark.long

@@ -157,7 +157,8 @@ class _TaskCode:
         plain: Callable[[Operands], Any] = functools.partial(_with_classes, xla.run, of_classes.sums, part)
         if self.interpret and self.implementation not in (None, "xla"):
             kernel = functools.partial(_kernel, self.implementation, interpret=True)
-            functions = {"default": functools.partial(_with_classes, kernel, of_classes.sums, part)}
+            sums = functools.partial(_sums_of_classes, self.implementation, interpret=True)
+            functions = {"default": functools.partial(_with_classes, kernel, sums, part)}
         else:
             functions = _functions(part, self.shapes, self.implementation, plain)
         if asked and part.statistics and not all(asked):
@@ -254,7 +255,8 @@ def _functions(
     """What serves a task on operands of these shapes, by platform."""
 
     def of_kernel(name: str) -> Callable[[Operands], Result]:
-        return functools.partial(_with_classes, functools.partial(_kernel, name), of_classes.sums, task)
+        kernel, sums = functools.partial(_kernel, name), functools.partial(_sums_of_classes, name)
+        return functools.partial(_with_classes, kernel, sums, task)
 
     if implementation not in (None, "xla"):
         if reason := refusal(implementation, shapes, task.labels, task.statistics):  # of what vmap has put together
@@ -315,6 +317,14 @@ def matrices(operands: Operands) -> Operands:
 def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:
     """Runs the kernel of that name; who never lowers for its platform never waits for Pallas to be imported."""
     return importlib.import_module(f"{__name__}.{name}").run(task, operands, interpret=interpret)
+
+
+def _sums_of_classes(name: str, task: Task, operands: Operands, interpret: bool = False) -> ClassSums:
+    """What the kernel of that name leaves to a pass of its own."""
+    if name == "triton":
+        columns = importlib.import_module(f"{__name__}.triton_columns")
+        return columns.sums(task, operands, interpret=interpret)
+    return of_classes.sums(task, operands)
 
 
 def _refuse(implementation: str, operands: Operands) -> Result:

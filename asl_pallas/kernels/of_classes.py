@@ -26,13 +26,16 @@ def sums(task: Task, operands: Operands, ops: Ops = EXACT) -> ClassSums:
     ops = dataclasses.replace(ops, signed_per_element=True)
     of_element = dataclasses.replace(task, value="elements", gradient=False, statistics=False)
     losses = of_element.evaluate(operands, ops=ops).value
-    return jax.tree.map(of_classes, elements(task, operands, losses, task.count(operands, ops=ops)))
+    counts = task.count(operands, ops=ops)
+    return jax.tree.map(of_classes, elements(task, operands, losses, counts))
 
 
-def elements(task: Task, operands: Operands, losses: Array, counts: Counts) -> ClassSums:
-    """Each element's part of the sums."""
+def elements(task: Task, operands: Operands, losses: Array, counts: Counts, valid: Array | None = None) -> ClassSums:
+    """Each element's part of the sums; `valid` is False beyond the array's edge."""
     annotated = jnp.ones_like(losses) if counts.annotated is None else counts.annotated
-    predicted = task.predict(operands, counts)
+    if valid is not None:
+        annotated = jnp.where(valid, annotated, 0.0)
+    predicted = task.predict(operands, counts, valid)
     right_of_positives = counts.positives - counts.wrong_of_positives
     return ClassSums(
         annotated=annotated,

@@ -86,6 +86,10 @@ _TRITON_WIDE_TILE = 2048, 8, 2112
 _TRITON_FURTHER_CHUNK = {2: 0.06, 4: 0.27}
 # 16 are for rows that have little more. 2^18 x 33 bf16 in chunks of 16, 32 and 64: 27, 38, 43.
 _TRITON_LEAST_CHUNK, _TRITON_LEAST_OF_FEW, _TRITON_FEW = 32, 16, 48
+# For sums over the rows, rows and classes of a tile, warps, and programs to share the rows out among: 16 bytes of
+# bfloat16 a thread, and eight programs for each of an H100's multiprocessors.
+_TRITON_COLUMN_TILE = 8, 128, 4
+_TRITON_COLUMN_PROGRAMS = 1056
 # Losses that a GPU's lane adds up one after the other, before its sum is one of a span's: it bounds the rounding error.
 _LONGEST_SUM = 64
 _WARPGROUP = 128
@@ -306,6 +310,15 @@ def triton_tiling(rows: int, classes: int, logits_bytes: int, plain: bool) -> Tr
     spans = max(min(chunks, math.ceil(least_programs / programs)), math.ceil(chunks / _LONGEST_SUM))
     span = _round_up(math.ceil(classes / spans), chunk)
     return TritonTiling(block_rows, span, chunk, warps, stages=2)
+
+
+def triton_column_tiling(rows: int, classes: int) -> tuple[TritonTiling, int]:
+    """For sums over the rows: a program's tile, and into how many groups the rows are cut."""
+    block_rows, chunk, warps = _TRITON_COLUMN_TILE
+    chunks = math.ceil(classes / chunk)
+    tiles = math.ceil(rows / block_rows)
+    groups = min(tiles, max(math.ceil(_TRITON_COLUMN_PROGRAMS / chunks), math.ceil(tiles / _LONGEST_SUM)))
+    return TritonTiling(block_rows, chunk, chunk, warps, stages=2), groups
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def merged(parts: list[Array]) -> Array:
         # What comes around has the same lower bits, so it is of the same part.
         parts = [
             (a if b is None else jnp.where(has_bit, b, a))
-            + pltpu.roll(a if b is None else jnp.where(has_bit, a, b), SUBLANES - shift, 0)
+            + pltpu.roll(a if b is None else jnp.where(has_bit, a, b), jnp.int32(SUBLANES - shift), 0)
             for a, b in pairs
         ]
         shift *= 2
