@@ -79,7 +79,7 @@ def linear_asymmetric_loss(
 
     Returns:
       The loss, float32, or float64 for float64 features. Products are of the features' dtype and add up in float32;
-      logits are float32, and their gradient is rounded to the features' dtype before its products. Each gradient has
+      logits are float32, and their gradient is rounded to the features' dtype before it is used. Each gradient has
       the dtype of what it belongs to; the features' adds up in float32, over chunks and devices, and the others' over
       devices in their own dtype. Reverse mode differentiates with respect to
       features, kernel, bias, float labels, weights and pos_weight, twice as well; but for the first three, and for all

@@ -26,7 +26,7 @@ _ROWS = 64
 
 
 def sum_last(x: Array) -> Array:
-    """Sum over the last dimension: of groups of `GROUP_OF_A_SUM` numbers, of groups of these sums, and so on.
+    """Sum over the last dimension: of groups of at most `GROUP_OF_A_SUM` numbers, of groups of these sums, and so on.
 
     All are matrix products, which XLA's CPU backend neither fuses with what makes x nor merges, into one or with a mean
     that the caller takes of them.
