@@ -53,6 +53,8 @@ def test_the_readme_is_a_front_page():
     lines = README.read_text().splitlines()
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 120
+    (snippet,) = blocks_of(README)
+    assert len(snippet.splitlines()) <= 15
 
 
 def test_every_page_is_in_the_navigation_and_every_public_name_in_the_reference():
