@@ -161,7 +161,9 @@ class FamilyTruth(Truth):
         if not step.any():
             return np.zeros(step.shape), np.zeros(step.shape)
         below, above = (self._mixed(self.logits + sign * step, np) for sign in (-1, 1))
-        value, slope = (np.nan_to_num(abs(high - low), posinf=0.0) for low, high in zip(below, above, strict=True))
+        differences = (np.nan_to_num(abs(high - low), posinf=0.0) for low, high in zip(below, above, strict=True))
+        # Both sides are those of other logits, a step away, and differ from this logit's by as much as that.
+        value, slope = (difference * (1 + 1e-5) for difference in differences)
         return value, slope
 
     @property

@@ -67,6 +67,22 @@ def test_a_head_with_labels_in_their_place_gives_what_its_logits_give(implementa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
 
 
+@pytest.mark.parametrize("labels_are_mapped", [True, False])
+def test_under_vmap_each_example_has_its_own(labels_are_mapped):
+    random = np.random.default_rng(6)
+    features = jnp.asarray(random.normal(0, 1, (3, 5, 8)), jnp.float32)
+    kernel = jnp.asarray(random.normal(0, 1, (8, 272)), jnp.float32)
+    labels = jnp.asarray(random.random((3, 5, 272)) < 0.2, jnp.int8)
+
+    def one(features, labels):
+        return linear_multilabel_loss(AsymmetricLoss(), features, kernel, labels, chunk_size=64)
+
+    mapped = jax.jit(jax.vmap(one, (0, 0 if labels_are_mapped else None)))
+    found = mapped(features, labels if labels_are_mapped else labels[0])
+    expected = [one(features[n], labels[n if labels_are_mapped else 0]) for n in range(3)]
+    np.testing.assert_allclose(found, np.stack(expected), rtol=1e-5)
+
+
 def test_a_heads_loop_slices_no_dense_labels_for_triton():
     rows, classes, chunk = 2048, 16384, 4096
 

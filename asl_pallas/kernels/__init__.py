@@ -214,7 +214,7 @@ class _TaskCode:
             of_all = jnp.broadcast_to(array, (size, rows, array.shape[-1]))
             return of_all.reshape(size * rows, array.shape[-1])
 
-        if not all(jax.tree.leaves(operands.map(fits, mapped)._replace(scalars=None))):
+        if not all(jax.tree.leaves(operands.map(fits, mapped)._replace(scalars=None, first_class=None))):
             return None
         merged = operands.map(merge, mapped)
         task = dataclasses.replace(self.task, loss=loss)
