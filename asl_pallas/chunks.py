@@ -21,7 +21,6 @@ from jax import Array, lax
 
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
-from asl_pallas.kernels import product
 from asl_pallas.kernels.operands import ALIGNED_CLASSES, Form, Operands, compute_dtype
 from asl_pallas.kernels.platforms import likely_platform
 from asl_pallas.kernels.summation import add_exactly, sum_over, total_of
@@ -161,7 +160,9 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
         if (counts := _counts(task, where, labels)) is not None:
             of_classes = counts.any(tuple(range(len(leading))))
             kernel = jnp.where(of_classes[None], kernel, jnp.zeros_like(kernel))
-        bias = None if arrays.bias is None else _slice(arrays.bias, start, size).astype(dtype)[None]
+        logits = _product(features, kernel, (1, 0), dtype, work.precision)
+        if arrays.bias is not None:
+            logits = logits + _slice(arrays.bias, start, size).astype(dtype)[None]
 
         def part(_: str, operand: Array) -> Array:
             return _slice(operand, start, size) if operand.shape[-1] == classes else operand
@@ -169,14 +170,15 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
         negatives = arrays.negatives
         if negatives is not None:
             negatives = _labels_of(task.labels, negatives, start, size, chunk)
-        logits = jax.ShapeDtypeStruct((*leading, size), dtype)
+        logits = logits.reshape(*leading, size)
         tile = around.map(part)._replace(logits=logits, labels=labels, negatives=negatives, scalars=arrays.scalars)
         if in_place:
             tile = tile._replace(labels=arrays.labels, first_class=jnp.asarray(start, jnp.int32)[None])
-        factors = product.Factors(features, kernel, bias)
-        value, gradient, sums, of_classes = product.run(
-            task, tile, factors, work.precision, work.implementation, work.interpret
-        )
+        if work.implementation not in (None, kernels.PLAIN):
+            reason = kernels.refusal(work.implementation, tile, task.labels)
+            if reason is not None:
+                raise NotImplementedError(f"implementation={work.implementation!r} can't serve this call: {reason}")
+        value, gradient, sums, of_classes = kernels.run(task, tile, work.implementation, work.interpret)
         sums = jax.tree.map(jnp.add, found.sums, sums)
         of_classes = jax.tree.map(lambda all, part: _put(all, part, start), found.of_classes, of_classes)
         if value is not None:
@@ -189,9 +191,9 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
         if "bias" in work.gradients:
             of_bias = _put(of_bias, jnp.sum(gradient, axis=0, dtype=dtype), start)
         if "features" in work.gradients:
-            of_features = of_features + product.product(gradient, kernel, (1, 1), dtype, work.precision)
+            of_features = of_features + _product(gradient, kernel, (1, 1), dtype, work.precision)
         if step is not None:
-            of_chunk = exchange.scatter(product.product(features, gradient, (0, 0), dtype, work.precision))
+            of_chunk = exchange.scatter(_product(features, gradient, (0, 0), dtype, work.precision))
             part_of_state = jax.tree.map(lambda array: _slice(array, start, size), state)
             of_slice = _slice(of_kernel, start, size)
             updated, part_of_state = step.update(start, of_slice, of_chunk, part_of_state, step.numbers)
@@ -207,7 +209,7 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
         elif "kernel" in work.gradients:
             # Nothing is added to it on this device, so the product itself may round it.
             own = of_kernel.dtype if of_kernel.dtype == features.dtype else dtype
-            of_chunk = product.product(features, gradient, (0, 0), own, work.precision)
+            of_chunk = _product(features, gradient, (0, 0), own, work.precision)
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
         return Found(value, of_features, of_kernel, of_bias, sums, of_classes, state)
 
@@ -279,7 +281,7 @@ def top_k(
 
     def scores_of(start: Any, size: int) -> Array:
         of_chunk = _kernel_of(kernel, start, size, features.dtype, exchange)
-        scores = product.product(rows, of_chunk, (1, 0), dtype, precision)
+        scores = _product(rows, of_chunk, (1, 0), dtype, precision)
         return scores if bias is None else scores + _slice(bias, start, size).astype(dtype)[None]
 
     def one(start: Any, size: int, best: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -295,6 +297,12 @@ def top_k(
     chunk = chunk or head_chunk(rows.shape[0], classes, likely_platform())
     scores, ids = over_chunks(one, best, classes, chunk, start=k)
     return scores.reshape(*leading, k), ids.reshape(*leading, k)
+
+
+def _product(a: Array, b: Array, contracted: tuple[int, int], dtype: Any, precision: Any) -> Array:
+    """Of two matrices, summed over dimension contracted[0] of a and contracted[1] of b, accumulated in `dtype`."""
+    dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=dtype)
 
 
 def _kernel_of(kernel: Array, start: Any, size: int, dtype: Any, exchange: Exchange) -> Array:

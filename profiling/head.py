@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_multilabel_step
-from asl_pallas.bits import GROUP
 from asl_pallas.kernels.operands import Operands
 from asl_pallas.kernels.tile import Task
-from asl_pallas.kernels.tiling import LANES, TPU_IDS, head_chunk
+from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.losses import AsymmetricLoss
 from profiling import results, targets
 from profiling.bounds import MIB, ROUNDS, Line
@@ -164,11 +163,6 @@ def cycles_on_v5e() -> Iterator[Line]:
 
 def _cycles(schedule: targets.Schedule, chunk: int) -> float:
     """Of one call of a kernel: ours by its tiling, XLA's by its grid, and a sum by what its loop loads at a time."""
-    if is_ours(schedule) and schedule.grid and "of_product" in schedule.name:
-        # The loops inside make words of ids, 128 rows and 8 ids at a time, for up to 4,096 classes.
-        outside, block, of_rows, of_ids = (*schedule.by_depth, 0, 0, 0)[:4]
-        words = math.ceil(chunk / GROUP) * ROWS / LANES * (of_rows + IDS / TPU_IDS * of_ids)
-        return outside + math.prod(schedule.grid) * block + words
     if is_ours(schedule):
         logits = jax.ShapeDtypeStruct((ROWS, chunk), jnp.float32)
         labels = jax.ShapeDtypeStruct((ROWS, IDS), jnp.int32)

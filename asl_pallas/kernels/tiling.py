@@ -61,9 +61,6 @@ _TPU_LEAST_ELEMENTS = 256 * 1024
 _TPU_LEAST_DECODED = 16 * 1024
 # With half of a group's rows empty, it takes as long as XLA's loop.
 _TPU_LEAST_ROWS = _TPU_GROUP // 2 + 1
-# Rows and classes of a block whose product and loss are one piece of code: bare, they take 18.1 bundles per 1024
-# logits on v5e at a depth of 1024, where 512 x 512 take 18.7 and 256 x 256 20.5.
-_TPU_PRODUCT_TILE = 1024, 256
 # Ids that are compared at a time: the rows of a register.
 TPU_IDS = 8
 # With more of them in a row, 128 rows' would take more than 2 MiB of VMEM.
@@ -272,28 +269,6 @@ def _cheapest(rows: int, classes: int, registers: int, tiles: list[tuple[int, in
         return turns * (group * chunk / _TPU_REGISTER + _TPU_IDLE_REGISTERS), -chunk
 
     return min((tile for tile in tiles if math.prod(tile) <= registers * _TPU_REGISTER), key=cost)
-
-
-@dataclasses.dataclass(frozen=True)
-class TpuProductTiling:
-    """A block of (rows, classes) whose logits are a product, in one piece of straight code."""
-
-    rows: int
-    classes: int
-
-    @property
-    def blocks_of_words(self) -> int:
-        """How many blocks of classes share a group of words."""
-        return GROUP // self.classes
-
-    def vmem_bytes(self, depth: int) -> int:
-        """Two buffers of bfloat16 factors and gradient and of labels, the logits, and room for what the loss spills."""
-        buffers = 2 * (2 * depth * (self.rows + self.classes) + 3 * self.rows * self.classes)
-        return buffers + 8 * 4 * self.rows * self.classes + 2**20
-
-
-def tpu_product_tiling(rows: int, classes: int) -> TpuProductTiling:
-    return TpuProductTiling(min(_TPU_PRODUCT_TILE[0], _round_up(rows, LANES)), _TPU_PRODUCT_TILE[1])
 
 
 def tpu_ids(k: int) -> int:

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from asl_pallas.bits import PADDING
 from asl_pallas.kernels.operands import Form
-from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuProductTiling, TpuTiling, tpu_ids
+from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuTiling, tpu_ids
 
 
 class Laid(NamedTuple):
@@ -25,7 +25,7 @@ class Laid(NamedTuple):
     words: Any = None  # [rows, LANES], made of ids
 
 
-def lay_encoded(form: Form, labels: Array, tiling: TpuTiling | TpuProductTiling) -> Laid:
+def lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> Laid:
     """Words of the block's group of classes, or all ids of its rows."""
     if form == "packed":
         spec = pl.BlockSpec((tiling.rows, LANES), lambda i, j: (i, quotient(j, tiling.blocks_of_words)))
