@@ -5,22 +5,17 @@ PYTHON ?= python3
 DEMO_VENV ?= .venv-demo
 TEST_VENV ?= .venv-test
 PEERS_VENV ?= .venv-peers
-DOCS_VENV ?= .venv-docs
 # tests/oldest.txt installs the lowest versions that are supported.
 CONSTRAINTS ?=
 
 # Two thousand modules, which every process that a test starts would compile again: 6 seconds of its CPU time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo docs lint test test-long test-all bench report clean
+.PHONY: demo lint test test-long test-all bench report clean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_VENV)/ready
 	$(DEMO_VENV)/bin/python examples/train_phenotypes.py
-
-# The documentation, in site/. A broken link or an unknown name is an error.
-docs: $(DOCS_VENV)/ready
-	$(DOCS_VENV)/bin/sphinx-build -q -W --keep-going -E -b html docs site
 
 lint: $(TEST_VENV)/ready
 	$(TEST_VENV)/bin/ruff check .
@@ -52,11 +47,6 @@ $(DEMO_VENV)/ready: pyproject.toml
 	$(DEMO_VENV)/bin/pip install -q -e ".[demo]"
 	touch $@
 
-$(DOCS_VENV)/ready: pyproject.toml
-	$(call make_venv,$(DOCS_VENV))
-	$(DOCS_VENV)/bin/pip install -q -e ".[docs]"
-	touch $@
-
 $(TEST_VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(call make_venv,$(TEST_VENV))
 	$(call install,$(TEST_VENV),test)
@@ -85,4 +75,4 @@ define make_venv
 endef
 
 clean:
-	rm -rf .venv-* build dist site *.egg-info examples/output
+	rm -rf .venv-* build dist *.egg-info examples/output

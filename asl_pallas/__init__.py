@@ -2,41 +2,31 @@
 
 from asl_pallas.adaptive import AdaptiveAsymmetry, AsymmetryState
 from asl_pallas.api import asymmetric_loss, multilabel_loss, sigmoid_asymmetric_loss
-from asl_pallas.explanation import Explanation, explain
-from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss
-from asl_pallas.head_step import HeadStep, linear_multilabel_step
+from asl_pallas.head import linear_asymmetric_loss, linear_multilabel_loss, linear_top_k
 from asl_pallas.kernels.platforms import EXPORT_CHECKS
 from asl_pallas.label_checks import checked_labels
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.prior import PriorLogitInit, decision_logit, label_frequencies, prior_logits
-from asl_pallas.ranking import TopKStatistics
-from asl_pallas.statistics import ClassStatistics, Statistics
-from asl_pallas.top_k import linear_top_k
+from asl_pallas.statistics import Statistics
 
 __all__ = [
     "EXPORT_CHECKS",
     "AdaptiveAsymmetry",
     "AsymmetricLoss",
     "AsymmetryState",
-    "ClassStatistics",
-    "Explanation",
-    "HeadStep",
     "PackedLabels",
     "PartialLabels",
     "PriorLogitInit",
     "SparseLabels",
     "Statistics",
-    "TopKStatistics",
     "asymmetric_loss",
     "checked_labels",
     "decision_logit",
-    "explain",
     "label_frequencies",
     "linear_asymmetric_loss",
     "linear_multilabel_loss",
-    "linear_multilabel_step",
     "linear_top_k",
     "multilabel_loss",
     "prior_logits",

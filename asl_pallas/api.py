@@ -15,15 +15,13 @@ from jax.typing import ArrayLike
 
 from asl_pallas import arguments, call, kernels, sharding, vjp
 from asl_pallas.foreign_names import explains_foreign_names
-from asl_pallas.kernels.operands import Operands
 from asl_pallas.kernels.summation import sum_over
-from asl_pallas.kernels.sums import ClassSums
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
-from asl_pallas.statistics import Statistics, of_sums, with_classes
+from asl_pallas.statistics import Statistics, of_sums
 
 
 @explains_foreign_names
@@ -143,7 +141,6 @@ def multilabel_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     statistics: bool = False,
-    decision_logits: ArrayLike | None = None,
     donate_logits: bool = False,
     logits_spec: PartitionSpec | None = None,
     implementation: str | None = None,
@@ -161,11 +158,8 @@ def multilabel_loss(
         (`SelectiveLoss` says which), or `PartialLabels`.
       statistics: True for `Statistics` of the same pass beside the loss, summed over the same axes, of which the
         classes have to be one: `jax.value_and_grad(..., has_aux=True)` takes the pair.
-      decision_logits: with it, statistics have `by_class`, which counts what is predicted from these logits on; see
-        `decision_logit`. A number, (classes,), or for several decisions a class (..., classes) or (..., 1). On a
-        GPU a second kernel counts by class, which reads logits and labels again.
-      logits, axis, where, weights, pos_weight: as in `asymmetric_loss`.
-      ignore_label, label_smoothing, donate_logits, logits_spec, implementation: as in `asymmetric_loss`.
+      logits, axis, where, weights, pos_weight, ignore_label, label_smoothing, donate_logits, logits_spec,
+        implementation: as in `asymmetric_loss`.
 
     Returns:
       The loss, float32, or float64 for float64 logits; with statistics=True the pair of it and `Statistics`. The
@@ -189,7 +183,6 @@ def multilabel_loss(
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         statistics=statistics,
-        decision_logits=decision_logits,
         donate_logits=donate_logits,
         logits_spec=logits_spec,
         implementation=implementation,
@@ -245,10 +238,8 @@ def _multilabel_loss(
     )
     spec = arguments.check_spec("logits", logits_spec, x.ndim)
     operands = Operands(logits=x, **checked.arrays)
-    losses, statistics, of_classes = _compiled(
-        execution, checked.axes, spec, arguments.constants(operands, x), operands
-    )
-    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
+    losses, statistics = _compiled(execution, checked.axes, spec, arguments.constants(operands, x), operands)
+    return (losses, statistics) if checked.task.statistics else losses
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -258,7 +249,7 @@ def _compiled(
     logits_spec: PartitionSpec | None,
     constants: tuple[str, ...],
     operands: Operands,
-) -> tuple[Array, Statistics | None, ClassSums | None]:
+) -> tuple[Array, Statistics | None]:
     operands = call.laid_out(
         execution.function, execution.task.loss, constants, operands, operands.logits.shape, operands.logits.dtype
     )
@@ -287,11 +278,10 @@ def _compiled(
         if refusal := kernels.refusal(execution.implementation, on_a_device, task.labels, task.statistics):
             raise NotImplementedError(f"implementation={execution.implementation!r} can't serve this call: {refusal}")
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses, (sums, of_classes) = vjp.loss(execution, unify_varying_axes(operands))
+    losses, sums = vjp.loss(execution, unify_varying_axes(operands))
     statistics = None if sums is None else of_sums(losses, sums, operands.logits.shape[-1])
     others = tuple(axis for axis in axes if axis != classes_axis)
-    losses, statistics = jax.tree.map(lambda sums: sum_over(sums, others), (losses, statistics))
-    return losses, statistics, of_classes
+    return sum_over(losses, others), jax.tree.map(lambda sums: sum_over(sums, others), statistics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,10 +319,11 @@ class _Execution:
 
     def evaluate(self, operands: Operands) -> vjp.Outputs:
         run = functools.partial(kernels.run, self.task, implementation=self.implementation, interpret=self.interpret)
-        layout = self.layout
-        found = run(operands) if layout is None else sharding.on_shards(run, self.task, operands, layout)
-        gradients = {"logits": found.gradient} if self.task.gradient else {}
-        return vjp.Outputs(found.value, gradients, (found.sums, found.of_classes))
+        if self.layout is None:
+            value, gradient, sums = run(operands)
+        else:
+            value, gradient, sums = sharding.on_shards(run, self.task, operands, self.layout)
+        return vjp.Outputs(value, {"logits": gradient} if self.task.gradient else {}, sums)
 
     def gives_both(self, operands: Operands, wanted: tuple[str, ...]) -> bool:
         """But for float16: a gradient below 6e-8 would vanish before its cotangent, often a loss scale, came."""

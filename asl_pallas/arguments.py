@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from asl_pallas import kernels
-from asl_pallas.kernels.operands import Form
+from asl_pallas.kernels.tile import Form
 from asl_pallas.label_checks import check_ids, check_values
 from asl_pallas.label_sources import is_traced, refuse_other_forms, unwrap
 from asl_pallas.labels import PackedLabels, SparseLabels
@@ -37,12 +36,67 @@ def constants(arrays: Any, differentiated: Array) -> tuple[str, ...]:
 
 
 def check_logits(logits: Any) -> Array:
-    array = as_array("logits", logits)
+    array = _array("logits", logits)
     if array.dtype.name not in LOGITS_DTYPES:
         raise TypeError(f"logits have dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
     if array.ndim == 0:
         raise ValueError("logits are a scalar; expected shape (..., classes)")
     return array
+
+
+def check_features(features: Any) -> Array:
+    array = _array("features", features)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"features have dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.ndim == 0:
+        raise ValueError("features are a scalar; expected shape (..., d)")
+    return array
+
+
+def check_kernel(kernel: Any, features: Array) -> Array:
+    array = _array("kernel", kernel)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"kernel has dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    depth = features.shape[-1]
+    if array.ndim != 2 or array.shape[0] != depth:
+        raise ValueError(
+            f"kernel has shape {array.shape}; expected ({depth}, classes) for features of shape {features.shape}"
+        )
+    return array
+
+
+def check_bias(bias: Any, kernel: Array) -> Array | None:
+    if bias is None:
+        return None
+    array = _array("bias", bias)
+    if array.dtype.name not in LOGITS_DTYPES:
+        raise TypeError(f"bias has dtype {array.dtype.name}; expected one of {', '.join(LOGITS_DTYPES)}")
+    if array.shape != kernel.shape[1:]:
+        raise ValueError(f"bias has shape {array.shape}; expected {kernel.shape[1:]}, one a class of the kernel")
+    return array
+
+
+def check_chunk_size(chunk_size: Any) -> int | None:
+    return None if chunk_size is None else _positive_int("chunk_size", chunk_size, "None or a Python int")
+
+
+def check_k(k: Any, classes: int) -> int:
+    count = _positive_int("k", k, "a Python int")
+    if count > classes:
+        raise ValueError(f"k={count}; expected at most {classes}, the classes of the kernel")
+    return count
+
+
+def check_precision(precision: Any) -> Any:
+    if precision is None:
+        return None
+    precision = tuple(precision) if isinstance(precision, list) else precision
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    try:
+        jax.eval_shape(lambda a, b: jnp.dot(a, b, precision=precision), one, one)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"precision={precision!r}; expected what jax.lax.dot_general takes") from error
+    return precision
 
 
 class CheckedLabels(NamedTuple):
@@ -87,7 +141,7 @@ def check_labels(
         return CheckedLabels("sparse", ids)
     refuse_other_forms("labels", labels)
     labels, where = unwrap(labels), unwrap(where)
-    array = as_array("labels", labels)
+    array = _array("labels", labels)
     if not (array.dtype == jnp.bool_ or jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"labels have dtype {array.dtype.name}; expected bool, an integer or a float dtype")
     if array.shape != logits.shape:
@@ -114,7 +168,7 @@ def check_labels(
 def check_where(where: Any, logits: Array | jax.ShapeDtypeStruct, axes: tuple[int, ...]) -> Array | None:
     if where is None:
         return None
-    array = as_array("where", where)
+    array = _array("where", where)
     if array.dtype != jnp.bool_:
         raise TypeError(f"where has dtype {array.dtype.name}; expected bool")
     return _broadcastable("where", array, logits.shape, axes)
@@ -216,7 +270,7 @@ def _check_hyperparameter(name: str, value: Any, bounds: Bounds) -> tuple[float 
         if known not in bounds:
             raise ValueError(f"{name}={value!r}; expected {bounds.sentence(name)}")
         return known, None
-    array = as_array(name, value)
+    array = _array(name, value)
     if not (jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"{name} is an array {array.dtype.name}{list(array.shape)}; expected {expected}")
     if not is_traced(array):
@@ -288,33 +342,21 @@ def check_statistics(statistics: Any, axis: Any, axes: tuple[int, ...], ndim: in
     return bool(statistics)
 
 
-def check_decision_logits(
-    decision_logits: Any, logits: Array | jax.ShapeDtypeStruct, statistics: bool
-) -> tuple[Sequence[Array], tuple[int, ...]]:
-    """Each, (classes,) or (1,), and of what shape they are beside the classes."""
-    if decision_logits is None:
-        return (), ()
-    if not statistics:
-        raise ValueError("decision_logits are what statistics count predictions by; expected statistics=True beside")
-    array = _real("decision_logits", decision_logits)
-    classes = logits.shape[-1]
-    if array.ndim and array.shape[-1] not in (1, classes):
-        raise ValueError(
-            f"decision_logits has shape {array.shape}; expected a number, ({classes},) or (..., {classes}), or "
-            "(..., 1) for the same of all classes"
-        )
-    if array.size == 0:
-        raise ValueError(f"decision_logits has shape {array.shape}; expected one at least")
-    return list(array.reshape(-1, array.shape[-1] if array.ndim else 1)), array.shape[:-1]
-
-
 def check_flag(name: str, flag: Any) -> bool:
     if not isinstance(flag, (bool, np.bool_)):
         raise TypeError(f"{name}={flag!r}; expected True or False")
     return bool(flag)
 
 
-def as_array(name: str, x: Any) -> Array:
+def _positive_int(name: str, number: Any, expected: str) -> int:
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
+        raise TypeError(f"{name}={number!r}; expected {expected}")
+    if number < 1:
+        raise ValueError(f"{name}={number}; expected {name} >= 1")
+    return int(number)
+
+
+def _array(name: str, x: Any) -> Array:
     if isinstance(x, jax.Array):
         return x
     try:
@@ -327,7 +369,7 @@ def as_array(name: str, x: Any) -> Array:
 
 
 def _real(name: str, x: Any) -> Array:
-    array = as_array(name, x)
+    array = _array(name, x)
     if not (jnp.issubdtype(array.dtype, jnp.integer) or _is_real(array.dtype)):
         raise TypeError(f"{name} has dtype {array.dtype.name}; expected an integer or a float dtype")
     return array

@@ -10,8 +10,7 @@ from jax import Array, lax
 
 from asl_pallas import arguments, kernels
 from asl_pallas.forward_mode import reverse_mode_only
-from asl_pallas.kernels.operands import compute_dtype
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Task, compute_dtype
 from asl_pallas.losses import ElementwiseLoss
 
 
@@ -22,7 +21,6 @@ class Checked(NamedTuple):
       task: what to compute of an element; what of it is asked for is still to be said.
       axes: to sum over, counted from the front.
       arrays: by name, as the caller has them, None where there is none.
-      decisions: how many decision logits a class has, in how many dimensions.
     """
 
     task: Task
@@ -30,7 +28,6 @@ class Checked(NamedTuple):
     implementation: str | None
     interpret: bool
     arrays: dict[str, Any]
-    decisions: tuple[int, ...]
 
 
 def check(
@@ -46,7 +43,6 @@ def check(
     label_smoothing: Any,
     implementation: Any,
     statistics: Any = False,
-    decision_logits: Any = None,
     donate_logits: Any = False,
 ) -> Checked:
     """Of the logits no more than shape and dtype is asked."""
@@ -65,7 +61,6 @@ def check(
         labels=its_labels.form,
         statistics=arguments.check_statistics(statistics, axis, axes, len(logits.shape)),
     )
-    logits_of_decisions, decisions = arguments.check_decision_logits(decision_logits, logits, task.statistics)
     arrays = {
         "labels": its_labels.labels,
         "negatives": its_labels.negatives,
@@ -74,11 +69,8 @@ def check(
         "pos_weight": arguments.check_weights("pos_weight", pos_weight, logits, axes),
         "vectors": its_loss.vectors,
         "scalars": its_loss.scalars,
-        "decisions": tuple(logits_of_decisions),
     }
-    return Checked(
-        task, axes, arguments.check_implementation(implementation), kernels.interpreting(), arrays, decisions
-    )
+    return Checked(task, axes, arguments.check_implementation(implementation), kernels.interpreting(), arrays)
 
 
 def laid_out(
@@ -110,12 +102,11 @@ def laid_out(
     vectors = tuple(real(vector) for vector in arrays.vectors)
     scalars = jnp.stack([scalar.astype(computed) for scalar in arrays.scalars]) if arrays.scalars else None
     # Not the hyper-parameters: they have no derivative in either mode.
-    marked = reverse_mode_only(function, arrays._replace(vectors=(), scalars=None, decisions=()))
+    marked = reverse_mode_only(function, arrays._replace(vectors=(), scalars=None))
     return marked._replace(
         where=ranked(marked.where),
         weights=real(marked.weights),
         pos_weight=real(marked.pos_weight),
         vectors=vectors,
         scalars=scalars,
-        decisions=tuple(map(real, lax.stop_gradient(arrays.decisions))),
     )

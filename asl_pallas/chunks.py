@@ -21,11 +21,9 @@ from jax import Array, lax
 
 from asl_pallas import kernels
 from asl_pallas.bits import GROUP, LANES, PADDING, cut, words_for
-from asl_pallas.kernels.operands import ALIGNED_CLASSES, Form, Operands, compute_dtype
-from asl_pallas.kernels.platforms import likely_platform
 from asl_pallas.kernels.summation import add_exactly, sum_over, total_of
-from asl_pallas.kernels.tile import Task, is_annotated
-from asl_pallas.kernels.tiling import LARGEST_INT32, head_chunk
+from asl_pallas.kernels.tile import Form, Operands, Task, compute_dtype, is_annotated
+from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.kernels.versions import unify_varying_axes
 
 
@@ -47,21 +45,17 @@ class Arrays(NamedTuple):
     negatives: Any = None
     vectors: tuple[Array, ...] = ()
     scalars: Any = None
-    decisions: tuple[Array, ...] = ()
 
 
 class Found(NamedTuple):
     """value: (...,), one loss an example; features, kernel, bias: their gradients, that of the features in the compute
-    dtype, the others in their own; sums: `Sums` of (...,); of_classes: `ClassSums`. None where not asked for.
-    After a step the kernel itself stands in the place of its gradient, and state is the optimizer's."""
+    dtype, the others in their own; sums: `Sums` of (...,). None where not asked for."""
 
     value: Any = None
     features: Any = None
     kernel: Any = None
     bias: Any = None
     sums: Any = None
-    of_classes: Any = None
-    state: Any = None
 
     def summed(self) -> Found:
         """Over all examples."""
@@ -101,60 +95,26 @@ class Exchange(NamedTuple):
 ALONE = Exchange(lambda chunk: chunk, lambda gradient: gradient)
 
 
-class Step(NamedTuple):
-    """What becomes of a chunk of the kernel once its gradient is known.
-
-    Attributes:
-      update: (the chunk's first class, its kernel, the gradient, its state, the numbers) to the new kernel and state.
-      state: a pytree of arrays (..., classes).
-      numbers: what it takes beside, the same for all chunks.
-    """
-
-    update: Callable[[Any, Array, Array, Any, Any], tuple[Array, Any]]
-    state: Any
-    numbers: Any
-
-
-def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | None = None) -> Found:
-    """Losses of the examples and gradients, in one pass over the classes; with a step, no gradient of the kernel."""
+def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE) -> Found:
+    """Losses of the examples and gradients, in one pass over the classes."""
     arrays = unify_varying_axes(arrays)
     *leading, depth = arrays.features.shape
     classes = arrays.kernel.shape[-1]
     dtype = compute_dtype(arrays.features.dtype)
-    # Rounded where it is computed: a pass of its own would read and write the chunk once more.
-    rounded = arrays.features.dtype.name
-    task = dataclasses.replace(work.task, gradient=bool(work.gradients), gradient_dtype=rounded)
+    task = dataclasses.replace(work.task, gradient=bool(work.gradients))
     # What has no gradient at all may be NaN: 0 times a NaN is one, and would go into the other factor's gradient.
     features = arrays.features
     if (counts := _counts(task, arrays.where, arrays.labels)) is not None:
         features = jnp.where(counts.any(-1, keepdims=True), features, jnp.zeros_like(features))
     features = features.reshape(math.prod(leading), depth)
-    platform = likely_platform()
-    chunk = work.chunk or head_chunk(features.shape[0], classes, platform)
-    # Every class will be written, so a GPU need not fill the array first. XLA for a TPU would copy it, where the last
-    # chunk is smaller than the others.
-    unwritten = lax.empty if platform == "gpu" else jnp.zeros
+    chunk = work.chunk or head_chunk(features.shape[0], classes)
     around = Operands(
-        *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent),
-        vectors=arrays.vectors,
-        decisions=arrays.decisions,
-    )
-
-    # Labels of all classes are read in their place, where a slice of them would be copied.
-    in_place = (
-        task.labels == "dense"
-        and chunk % ALIGNED_CLASSES == 0
-        and classes % ALIGNED_CLASSES == 0
-        and isinstance(arrays.labels.size, int)
-        and arrays.labels.size <= LARGEST_INT32
+        *(None, None, arrays.where, arrays.weights, arrays.pos_weight, arrays.cotangent), vectors=arrays.vectors
     )
 
     def one(start: Any, size: int, found: Found) -> Found:
-        whole = arrays.kernel if step is None else found.kernel
-        kernel = _kernel_of(whole, start, size, features.dtype, exchange)
-        labels = None
-        if not in_place or task.ignore_label is not None:
-            labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
+        kernel = _kernel_of(arrays.kernel, start, size, features.dtype, exchange)
+        labels = _labels_of(task.labels, arrays.labels, start, size, chunk)
         where = arrays.where
         where = _slice(where, start, size) if where is not None and where.shape[-1] == classes else where
         if (counts := _counts(task, where, labels)) is not None:
@@ -172,46 +132,28 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
             negatives = _labels_of(task.labels, negatives, start, size, chunk)
         logits = logits.reshape(*leading, size)
         tile = around.map(part)._replace(logits=logits, labels=labels, negatives=negatives, scalars=arrays.scalars)
-        if in_place:
-            tile = tile._replace(labels=arrays.labels, first_class=jnp.asarray(start, jnp.int32)[None])
         if work.implementation not in (None, kernels.PLAIN):
             reason = kernels.refusal(work.implementation, tile, task.labels)
             if reason is not None:
                 raise NotImplementedError(f"implementation={work.implementation!r} can't serve this call: {reason}")
-        value, gradient, sums, of_classes = kernels.run(task, tile, work.implementation, work.interpret)
+        value, gradient, sums = kernels.run(task, tile, work.implementation, work.interpret)
         sums = jax.tree.map(jnp.add, found.sums, sums)
-        of_classes = jax.tree.map(lambda all, part: _put(all, part, start), found.of_classes, of_classes)
         if value is not None:
             total, lost = found.value
             value = add_exactly(total, lost, value)
         if gradient is None:
-            return Found(value, sums=sums, of_classes=of_classes)
+            return Found(value, sums=sums)
         gradient = gradient.reshape(features.shape[0], size)
-        of_features, of_kernel, of_bias, state = found.features, found.kernel, found.bias, found.state
+        of_features, of_kernel, of_bias = found.features, found.kernel, found.bias
         if "bias" in work.gradients:
-            of_bias = _put(of_bias, jnp.sum(gradient, axis=0, dtype=dtype), start)
+            of_bias = _put(of_bias, jnp.sum(gradient, axis=0), start)
+        gradient = gradient.astype(features.dtype)
         if "features" in work.gradients:
             of_features = of_features + _product(gradient, kernel, (1, 1), dtype, work.precision)
-        if step is not None:
-            of_chunk = exchange.scatter(_product(features, gradient, (0, 0), dtype, work.precision))
-            part_of_state = jax.tree.map(lambda array: _slice(array, start, size), state)
-            of_slice = _slice(of_kernel, start, size)
-            updated, part_of_state = step.update(start, of_slice, of_chunk, part_of_state, step.numbers)
-            of_kernel = _put(of_kernel, updated, start)
-            # After the kernel, whose update reads the state as it was, or XLA copies the whole state for it. No number
-            # is greater than infinity, which XLA doesn't know.
-            never = _slice(of_kernel, start, 1)[0, 0] > jnp.inf
-            state = jax.tree.map(
-                lambda array, part: _put(array, jnp.where(never, jnp.zeros_like(part), part), start),
-                state,
-                part_of_state,
-            )
-        elif "kernel" in work.gradients:
-            # Nothing is added to it on this device, so the product itself may round it.
-            own = of_kernel.dtype if of_kernel.dtype == features.dtype else dtype
-            of_chunk = _product(features, gradient, (0, 0), own, work.precision)
+        if "kernel" in work.gradients:
+            of_chunk = _product(features, gradient, (0, 0), dtype, work.precision)
             of_kernel = _put(of_kernel, exchange.scatter(of_chunk.astype(of_kernel.dtype)), start)
-        return Found(value, of_features, of_kernel, of_bias, sums, of_classes, state)
+        return Found(value, of_features, of_kernel, of_bias, sums)
 
     everything = around._replace(
         logits=jax.ShapeDtypeStruct((*leading, classes), dtype),
@@ -222,13 +164,10 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     nothing = Found(
         value=None if task.value is None else (jnp.zeros(leading, dtype),) * 2,
         features=jnp.zeros(features.shape, dtype) if "features" in work.gradients else None,
-        kernel=unwritten(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
+        kernel=jnp.zeros(arrays.kernel.shape, arrays.kernel.dtype) if "kernel" in work.gradients else None,
         bias=jnp.zeros(classes, arrays.bias.dtype) if arrays.bias is not None and "bias" in work.gradients else None,
         sums=task.sums_like(everything, jnp.zeros(leading, dtype)),
-        of_classes=task.class_sums_like(everything, jnp.zeros(classes, dtype)),
     )
-    if step is not None:
-        nothing = nothing._replace(kernel=arrays.kernel, state=step.state)
     nothing, _ = unify_varying_axes((nothing, arrays.features))
     # Autodiff of the plain formula would keep what it knows of every chunk; it can know it again.
     body = jax.checkpoint(one, static_argnums=1) if work.implementation == kernels.PLAIN else one
@@ -241,8 +180,8 @@ def run(work: Work, arrays: Arrays, exchange: Exchange = ALONE, step: Step | Non
     return found
 
 
-def _counts(task: Task, where: Array | None, labels: Any) -> Array | None:
-    """Which elements are in the loss, of the logits' rank; None for all. Only an ignore_label needs labels."""
+def _counts(task: Task, where: Array | None, labels: Array) -> Array | None:
+    """Which elements are in the loss, of the logits' rank; None for all."""
     masks = [] if where is None else [where]
     if task.ignore_label is not None and labels.dtype != jnp.bool_:
         masks.append(is_annotated(labels, task.ignore_label))
@@ -294,8 +233,7 @@ def top_k(
 
     # The first k classes start the list, so that nothing made up is ever in it.
     best = tuple(lax.top_k(scores_of(0, k), k))
-    chunk = chunk or head_chunk(rows.shape[0], classes, likely_platform())
-    scores, ids = over_chunks(one, best, classes, chunk, start=k)
+    scores, ids = over_chunks(one, best, classes, chunk or head_chunk(rows.shape[0], classes), start=k)
     return scores.reshape(*leading, k), ids.reshape(*leading, k)
 
 

@@ -16,13 +16,12 @@ except ImportError as error:
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from asl_pallas.head import linear_multilabel_loss
-from asl_pallas.kernels.operands import compute_dtype
+from asl_pallas.head import linear_multilabel_loss, linear_top_k
+from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.prior import PriorLogitInit
-from asl_pallas.top_k import linear_top_k
 
 Initializer = Any
 _kernel_init = nnx.initializers.lecun_normal()

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,18 @@ from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from asl_pallas import arguments, call, chunks, head_arguments, head_sharding, kernels, vjp
+from asl_pallas import arguments, call, chunks, head_sharding, kernels, vjp
 from asl_pallas.chunks import PARAMETERS, Arrays, Work
 from asl_pallas.foreign_names import explains_foreign_names
 from asl_pallas.head_sharding import HeadLayout
-from asl_pallas.kernels.operands import compute_dtype
 from asl_pallas.kernels.summation import sum_over
-from asl_pallas.kernels.sums import ClassSums
+from asl_pallas.kernels.tile import compute_dtype
 from asl_pallas.kernels.versions import unify_varying_axes
 from asl_pallas.labels import PackedLabels, SparseLabels
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss
 from asl_pallas.partial_labels import PartialLabels
 from asl_pallas.sharding import CannotCutError
-from asl_pallas.statistics import Statistics, of_sums, with_classes
+from asl_pallas.statistics import Statistics, of_sums
 
 
 @explains_foreign_names
@@ -79,7 +78,7 @@ def linear_asymmetric_loss(
 
     Returns:
       The loss, float32, or float64 for float64 features. Products are of the features' dtype and add up in float32;
-      logits are float32, and their gradient is rounded to the features' dtype before it is used. Each gradient has
+      logits are float32, and their gradient is rounded to the features' dtype before its products. Each gradient has
       the dtype of what it belongs to; the features' adds up in float32, over chunks and devices, and the others' over
       devices in their own dtype. Reverse mode differentiates with respect to
       features, kernel, bias, float labels, weights and pos_weight, twice as well; but for the first three, and for all
@@ -131,7 +130,6 @@ def linear_multilabel_loss(
     ignore_label: int | None = None,
     label_smoothing: float = 0.0,
     statistics: bool = False,
-    decision_logits: ArrayLike | None = None,
     precision: Any = None,
     features_spec: PartitionSpec | None = None,
     kernel_spec: PartitionSpec | None = None,
@@ -143,7 +141,7 @@ def linear_multilabel_loss(
       loss: a loss object, as in `multilabel_loss`.
       features, kernel, labels, bias, chunk_size, axis, precision, features_spec, kernel_spec, implementation: as in
         `linear_asymmetric_loss`.
-      where, weights, pos_weight, ignore_label, label_smoothing, statistics, decision_logits: as in `multilabel_loss`.
+      where, weights, pos_weight, ignore_label, label_smoothing, statistics: as in `multilabel_loss`.
 
     Returns:
       The loss, float32, or float64 for float64 features, see `linear_asymmetric_loss`; with statistics=True the pair of
@@ -169,7 +167,6 @@ def linear_multilabel_loss(
         ignore_label=ignore_label,
         label_smoothing=label_smoothing,
         statistics=statistics,
-        decision_logits=decision_logits,
         precision=precision,
         features_spec=features_spec,
         kernel_spec=kernel_spec,
@@ -191,54 +188,8 @@ def _linear_loss(
     kernel_spec: Any,
     **options: Any,
 ) -> Any:
-    prepared = prepare(
-        loss,
-        features,
-        kernel,
-        labels,
-        bias=bias,
-        chunk_size=chunk_size,
-        precision=precision,
-        features_spec=features_spec,
-        kernel_spec=kernel_spec,
-        **options,
-    )
-    checked, arrays = prepared.checked, prepared.arrays
-    execution = _Execution(function, prepared.work, total=prepared.is_total, layout=None)
-    losses, statistics, of_classes = _compiled(
-        execution, checked.axes, prepared.specs, arguments.constants(arrays, arrays.kernel), arrays
-    )
-    return losses if statistics is None else (losses, with_classes(statistics, of_classes, checked.decisions))
-
-
-class Prepared(NamedTuple):
-    """A head's arguments after every check."""
-
-    checked: call.Checked
-    work: Work
-    arrays: Arrays
-    specs: tuple[PartitionSpec | None, PartitionSpec | None]
-
-    @property
-    def is_total(self) -> bool:
-        return self.checked.axes == tuple(range(self.arrays.features.ndim))
-
-
-def prepare(
-    loss: Any,
-    features: Any,
-    kernel: Any,
-    labels: Any,
-    *,
-    bias: Any,
-    chunk_size: Any,
-    precision: Any,
-    features_spec: Any,
-    kernel_spec: Any,
-    **options: Any,
-) -> Prepared:
-    x = head_arguments.check_features(features)
-    w = head_arguments.check_kernel(kernel, x)
+    x = arguments.check_features(features)
+    w = arguments.check_kernel(kernel, x)
     # What the checks of multilabel_loss ask about the logits.
     logits = jax.ShapeDtypeStruct((*x.shape[:-1], w.shape[1]), compute_dtype(x.dtype))
     checked = call.check(loss, logits, labels, **options)
@@ -250,14 +201,16 @@ def prepare(
     work = Work(
         task=checked.task,
         gradients=(),
-        chunk=head_arguments.check_chunk_size(chunk_size),
-        precision=head_arguments.check_precision(precision),
+        chunk=arguments.check_chunk_size(chunk_size),
+        precision=arguments.check_precision(precision),
         implementation=checked.implementation,
         interpret=checked.interpret,
     )
+    execution = _Execution(function, work, total=checked.axes == tuple(range(logits.ndim)), layout=None)
     specs = arguments.check_spec("features", features_spec, x.ndim), arguments.check_spec("kernel", kernel_spec, 2)
-    arrays = Arrays(features=x, kernel=w, bias=head_arguments.check_bias(bias, w), **checked.arrays)
-    return Prepared(checked, work, arrays, specs)
+    arrays = Arrays(features=x, kernel=w, bias=arguments.check_bias(bias, w), **checked.arrays)
+    losses, found = _compiled(execution, checked.axes, specs, arguments.constants(arrays, w), arrays)
+    return (losses, found) if checked.task.statistics else losses
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -267,24 +220,23 @@ def _compiled(
     specs: tuple[PartitionSpec | None, PartitionSpec | None],
     constants: tuple[str, ...],
     arrays: Arrays,
-) -> tuple[Array, Statistics | None, ClassSums | None]:
+) -> tuple[Array, Statistics | None]:
     shape = (*arrays.features.shape[:-1], arrays.kernel.shape[1])
     arrays = call.laid_out(
         execution.function, execution.work.task.loss, constants, arrays, shape, arrays.features.dtype
     )
-    layout = layout_of(arrays.features, arrays.kernel, *specs, execution.function)
+    layout = _layout_of(arrays.features, arrays.kernel, *specs, execution.function)
     if layout == "unknown":
         execution = execution.plain()
     elif isinstance(layout, HeadLayout):
         execution = dataclasses.replace(execution, layout=layout)
         arrays = head_sharding.lay(arrays, execution.work.task.labels, layout)
     # Here, so that the gradient of what doesn't vary over a manual mesh axis is summed over it by JAX.
-    losses, (sums, of_classes) = vjp.loss(execution, unify_varying_axes(arrays))
+    losses, sums = vjp.loss(execution, unify_varying_axes(arrays))
     elements = math.prod(shape) if execution.total else shape[-1]
     found = losses, None if sums is None else of_sums(losses, sums, elements)
     others = () if execution.total else tuple(axis for axis in axes if axis != len(shape) - 1)
-    losses, statistics = jax.tree.map(lambda part: sum_over(part, others), found)
-    return losses, statistics, of_classes
+    return jax.tree.map(lambda part: sum_over(part, others), found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +276,7 @@ class _Execution:
         gradients = {name: getattr(found, name) for name in self.work.gradients}
         if "features" in gradients:
             gradients["features"] = gradients["features"].astype(arrays.features.dtype)
-        return vjp.Outputs(found.value, gradients, (found.sums, found.of_classes))
+        return vjp.Outputs(found.value, gradients, found.sums)
 
     def gives_both(self, arrays: Arrays, wanted: tuple[str, ...]) -> bool:
         """For the total alone: a loss per example has a cotangent per example, which belongs under the sum over them.
@@ -344,7 +296,81 @@ class _Execution:
         return arrays._replace(cotangent=by_example)
 
 
-def layout_of(
+def linear_top_k(
+    features: ArrayLike,
+    kernel: ArrayLike,
+    k: int,
+    *,
+    loss: ElementwiseLoss | None = None,
+    bias: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    precision: Any = None,
+    features_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
+) -> tuple[Array, Array]:
+    """`jax.lax.top_k(features @ kernel + bias, k)` without the logits: the best k labels of each example.
+
+    Args:
+      features, kernel, bias, chunk_size, precision, features_spec, kernel_spec: as in `linear_asymmetric_loss`.
+      k: how many, a Python int, 1 <= k <= classes.
+      loss: what the head was trained with, for probabilities by its link, `ElementwiseLoss.probability`; None for
+        logits. Its hyper-parameters are numbers or scalars: with a value per class, labels in the order of their
+        logits aren't in that of their probabilities.
+
+    Returns:
+      scores: (..., k), best first: logits, or probabilities by the loss; float32, or float64 for float64 features.
+      ids: (..., k), int32. Of equal scores the lower id comes first; -0.0 comes after 0.0, as in jax.lax.top_k.
+
+    Raises:
+      ValueError, TypeError: an argument of the wrong kind, shape or range.
+    """
+    x = arguments.check_features(features)
+    w = arguments.check_kernel(kernel, x)
+    b = arguments.check_bias(bias, w)
+    call = _TopK(
+        k=arguments.check_k(k, w.shape[1]),
+        chunk_size=arguments.check_chunk_size(chunk_size),
+        precision=arguments.check_precision(precision),
+        features_spec=arguments.check_spec("features", features_spec, x.ndim),
+        kernel_spec=arguments.check_spec("kernel", kernel_spec, 2),
+    )
+    _check_ranking_loss(loss)
+    scores, ids = _linear_top_k(call, x, w, b)
+    return (scores if loss is None else loss.probability(scores)), ids
+
+
+def _check_ranking_loss(loss: Any) -> None:
+    if loss is None:
+        return
+    if not isinstance(loss, ElementwiseLoss):
+        raise TypeError(f"loss={loss!r}; expected None or a loss object, such as asl_pallas.AsymmetricLoss()")
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(loss)]
+    if any(math.prod(shape) > 1 for shape in shapes):
+        raise ValueError(
+            f"loss has hyper-parameters of shapes {shapes}, so that the best logits aren't the best probabilities; "
+            "expected numbers or scalars, or loss=None for logits"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _TopK:
+    k: int
+    chunk_size: int | None
+    precision: Any
+    features_spec: PartitionSpec | None
+    kernel_spec: PartitionSpec | None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _linear_top_k(call: _TopK, features: Array, kernel: Array, bias: Array | None) -> tuple[Array, Array]:
+    layout = _layout_of(features, kernel, call.features_spec, call.kernel_spec, "linear_top_k")
+    arguments_of_call = (features, kernel, bias, call.k, call.chunk_size, call.precision)
+    if isinstance(layout, HeadLayout):
+        return head_sharding.top_k(*arguments_of_call, layout)
+    return chunks.top_k(*arguments_of_call)
+
+
+def _layout_of(
     features: Array, kernel: Array, features_spec: Any, kernel_spec: Any, function: str
 ) -> HeadLayout | Literal["unknown"] | None:
     try:

@@ -20,8 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas import chunks
 from asl_pallas.bits import GROUP, cut
-from asl_pallas.chunks import Arrays, Exchange, Found, Step, Work
-from asl_pallas.kernels.operands import ENCODED, VECTORS, Form
+from asl_pallas.chunks import Arrays, Exchange, Found, Work
+from asl_pallas.kernels.tile import ENCODED, Form
 from asl_pallas.kernels.versions import vary_as_operands
 from asl_pallas.sharding import ALIKE, CannotCutError, Names, axes_of, kinds_of, mesh_of, names_of
 
@@ -132,29 +132,24 @@ def _specs(arrays: Arrays, form: Form, layout: HeadLayout) -> Any:
             specs[name] = None
         elif name in ENCODED:
             specs[name] = like_logits(array, array.shape[-1] if _is_cut(form, classes, layout) else ALIKE)
-        elif name in VECTORS:
+        elif name == "vectors":
             specs[name] = tuple(like_logits(vector, classes) for vector in array)
         elif name not in specs:
             specs[name] = like_logits(array, classes)
     return Arrays(**specs)
 
 
-def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool, step: Step | None = None) -> Found:
-    """`chunks.run` on every device's part, and the sums between devices.
-
-    To a step's update a chunk's first class is that of all classes, and tells the parts of d apart too.
-    """
+def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool) -> Found:
+    """`chunks.run` on every device's part, and the sums between devices."""
     form = work.task.labels
     specs = _specs(arrays, form, layout)
     classes = arrays.kernel.shape[1]
 
-    def body(given: tuple[Arrays, Any, Any]) -> Found:
-        arrays, state, numbers = given
-        own_step = None if step is None else Step(_of_device(step.update, layout, classes), state, numbers)
-        found = chunks.run(work, _own_labels(form, arrays, classes, layout), _exchange(layout), own_step)
+    def body(arrays: Arrays) -> Found:
+        found = chunks.run(work, _own_labels(form, arrays, classes, layout), _exchange(layout))
         if total:
             found = found.summed()
-        value, features, kernel, bias, sums, of_classes, state = found
+        value, features, kernel, bias, sums = found
         # One sum over the devices for all of these numbers.
         value, sums = _sum((value, sums), (*layout.examples, *layout.classes) if total else layout.classes)
         return Found(
@@ -163,8 +158,6 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool, step:
             kernel,
             bias if bias is None else _sum(bias, layout.examples),
             sums,
-            None if of_classes is None else _sum(of_classes, layout.examples),
-            state,
         )
 
     of_examples = PartitionSpec() if total else PartitionSpec(*specs.features[:-1])
@@ -174,19 +167,10 @@ def on_shards(work: Work, arrays: Arrays, layout: HeadLayout, total: bool, step:
         kernel=specs.kernel,
         bias=specs.bias,
         sums=of_examples,
-        of_classes=PartitionSpec(layout.classes or None),
     )
     wanted = (*work.gradients, *(["value"] if work.task.value else []), *(["sums"] if work.task.statistics else []))
-    wanted += ("of_classes",) if work.task.statistics and arrays.decisions else ()
     out_specs = Found(**{name: getattr(results, name) for name in wanted})
-    state, numbers = (None, None) if step is None else (step.state, step.numbers)
-    of_state = jax.tree.map(
-        lambda array: specs.kernel if array.ndim == 2 else PartitionSpec(layout.classes or None), state
-    )
-    if step is not None:
-        out_specs = out_specs._replace(kernel=specs.kernel, state=of_state)
-    in_specs = specs, of_state, jax.tree.map(lambda _: PartitionSpec(), numbers)
-    return _shard_map(body, layout, in_specs, out_specs)((lay(arrays, form, layout), state, numbers))
+    return _shard_map(body, layout, specs, out_specs)(lay(arrays, form, layout))
 
 
 def top_k(
@@ -246,16 +230,6 @@ def _exchange(layout: HeadLayout) -> Exchange:
 def _is_cut(form: Form, classes: int, layout: HeadLayout) -> bool:
     """Whether labels are shared out as the classes are: dense ones, and the words of whole groups."""
     return form == "dense" or (form == "packed" and classes // layout.parts(layout.classes) % GROUP == 0)
-
-
-def _of_device(update: Any, layout: HeadLayout, classes: int) -> Any:
-    """An update that is told the place of its chunk among all devices' chunks."""
-
-    def of_device(start: Any, *others: Any) -> Any:
-        part_of_depth = lax.axis_index(layout.depth) if layout.depth else jnp.int32(0)
-        return update(part_of_depth * classes + _first_class(layout, classes) + start, *others)
-
-    return of_device
 
 
 def _own_labels(form: Form, arrays: Arrays, classes: int, layout: HeadLayout) -> Arrays:

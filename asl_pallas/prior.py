@@ -108,7 +108,7 @@ class PriorLogitInit:
         eqx.tree_at(lambda m: m.bias, linear, jnp.asarray(prior_logits(frequencies, loss)))    # Equinox has none
 
     Args:
-      frequencies, loss, options: those of `prior_logits`.
+      frequencies, loss, and options: those of `prior_logits`.
 
     Raises:
       TypeError, ValueError: as `prior_logits`; when it is called, a bias of another shape than the frequencies.

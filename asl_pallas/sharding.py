@@ -17,8 +17,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from asl_pallas.bits import GROUP, cut
-from asl_pallas.kernels.operands import ENCODED, Operands, Result
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task
 from asl_pallas.kernels.versions import vary_as_operands
 
 Names = tuple[str, ...]
@@ -109,7 +108,6 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
     kinds = kinds_of(layout.mesh)
     free = {name for name, kind in kinds.items() if kind != AxisType.Manual}
     class_axes = layout.axes[-1]
-    row_axes = tuple(name for names in layout.axes[:-1] for name in names)
     classes = operands.logits.shape[-1] // layout.parts(class_axes)
     words_are_cut = _words_are_cut(task, classes)
     shapes = _shapes(task, operands, layout)
@@ -128,23 +126,18 @@ def on_shards(run: Callable[[Operands], Result], task: Task, operands: Operands,
                 return array - first if task.labels == "sparse" else cut(array, first, classes)
 
             operands = operands.map(own)
-        value, gradient, sums, of_classes = run(operands)
+        value, gradient, sums = run(operands)
         if task.value == "rows" and class_axes:
             value, sums = lax.psum((value, sums), class_axes)
-        if of_classes is not None and row_axes:
-            of_classes = lax.psum(of_classes, row_axes)
-        return Result(value, gradient, sums, of_classes)
+        return Result(value, gradient, sums)
 
     of_logits = specs.logits
     of_rows = PartitionSpec(*of_logits[:-1])
-    of_classes = task.class_sums_like(operands, PartitionSpec(of_logits[-1]))
     on_mesh = jax.shard_map(
         body,
         mesh=layout.mesh,
         in_specs=(specs,),
-        out_specs=task.results(sums=of_rows, elements=of_logits, gradient=of_logits, statistics=of_rows)._replace(
-            of_classes=of_classes
-        ),
+        out_specs=task.results(sums=of_rows, elements=of_logits, gradient=of_logits, statistics=of_rows),
         # Where none is taken JAX's default: under vmap it leaves out the axis that shares out the mapped dimension.
         axis_names=free if len(free) < len(kinds) else frozenset(),
         check_vma=False,

@@ -19,12 +19,11 @@ from asl_pallas import residuals
 
 
 class Outputs(NamedTuple):
-    """The losses, None where not asked for, the gradients by name, and sums for statistics, without derivatives:
-    those of examples and those of classes."""
+    """The losses, None where not asked for, the gradients by name, and sums for statistics, without derivatives."""
 
     value: Any
     gradients: dict[str, Any]
-    sums: tuple[Any, Any]
+    sums: Any = None
 
 
 class Execution(Protocol):

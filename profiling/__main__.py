@@ -1,7 +1,7 @@
 """python -m profiling: what the loss costs and how exact it is, beside its peers, here and on absent chips.
 
-Exit status: 0; 1 where a contender failed, a bound is broken or a page of the documentation disagrees; 2 for a wrong
-command line; 130 where Ctrl-C cut the session short, which keeps what it has.
+Exit status: 0; 1 where a contender failed, a bound is broken or the README disagrees; 2 for a wrong command line; 130
+where Ctrl-C cut the session short, which keeps what it has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COMMANDS = {
     "speed": "times on the device at hand beside its copy bandwidth, and how they grow",
     "schedule": "TPU bundles, H100 registers and instructions, from the compilers' own output",
     "parity": "every implementation against float64; exit status 1 if a bound is broken",
-    "report": "all of these, as JSON, pictures and the documentation's tables",
+    "report": "all of these, as JSON, pictures and the README's tables",
     "bounds": "the figures that have to hold, and whether they do",
     "head": "the linear head without logits beside the one with them",
     "pod": "how the loss scales over a TPU pod",
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="rows as JSON on standard output")
         if name == "report":
             command.add_argument(
-                "--check", action="store_true", help="only say whether README and documentation agree with the JSON"
+                "--check", action="store_true", help="only say whether the README agrees with the JSON"
             )
             command.add_argument(
                 "--redraw", action="store_true", help="pictures and tables from the JSON, no measuring"

@@ -12,7 +12,7 @@ import numpy as np
 
 from asl_pallas import PackedLabels, SparseLabels
 from asl_pallas.bits import words_for
-from asl_pallas.kernels.operands import Form, Operands
+from asl_pallas.kernels.tile import Form, Operands
 from profiling import targets
 
 CPU, GPU, TPU = "cpu", "gpu", "tpu"  # backends that run, beside the chips that are compiled for
@@ -131,7 +131,7 @@ CASES = (
     ON_ODD_ROWS,
     Case((4096, 80), "bfloat16", "int8", (GPU, TPU, *COMPILED)),
 )
-# The two that the documentation's tables are about, which all contenders are measured on; --quick keeps no others.
+# The two that the README's tables are about, which all contenders are measured on; --quick keeps no others.
 MAIN = (ON_CPU.name, ON_CHIP.name)
 # How time grows: one side of the matrix doubles, the other stays as it is.
 GROWTH_FIXED = {"batch": 2048, "classes": 256}

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_multilabel_step
-from asl_pallas.kernels.operands import Operands
-from asl_pallas.kernels.tile import Task
+from asl_pallas import SparseLabels, asymmetric_loss, linear_asymmetric_loss
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import head_chunk
 from asl_pallas.losses import AsymmetricLoss
 from profiling import results, targets
@@ -35,21 +34,10 @@ from profiling.speed import Runner
 ROWS, DEPTH, CLASSES, IDS = 4096, 1024, 131_072, 16
 MANY_CLASSES = 1_048_576
 ON_CPU = (256, 256, CLASSES)
-STEP = (512, 512, MANY_CLASSES)
 
 
 def fused(features: Any, kernel: Any, labels: Any) -> Any:
     return linear_asymmetric_loss(features, kernel, labels, axis=None)
-
-
-def fused_for(platform: str) -> Any:
-    """Value and gradients of the fused step with the chunk of a platform that this process isn't on."""
-
-    def step(features: Any, kernel: Any, labels: Any) -> Any:
-        chunk = head_chunk(features.shape[0], kernel.shape[1], platform)
-        return linear_asymmetric_loss(features, kernel, labels, axis=None, chunk_size=chunk)
-
-    return jax.value_and_grad(step, (0, 1))
 
 
 def unfused(features: Any, kernel: Any, labels: Any) -> Any:
@@ -57,36 +45,12 @@ def unfused(features: Any, kernel: Any, labels: Any) -> Any:
 
 
 def three_products(features: Any, kernel: Any, slope: Any) -> tuple[Any, Any, Any]:
-    """What any head has to multiply, in the features' dtype: the logits, and both gradients from theirs."""
-    return features @ kernel, slope @ kernel.T, features.T @ slope
-
-
-def descended(kernel: Any, gradient: Any, state: Any) -> tuple[Any, Any]:
-    """Gradient descent, as `linear_multilabel_step` takes it: of a chunk of the kernel."""
-    return kernel.astype(gradient.dtype) - 0.1 * gradient, state
-
-
-def training_step(features: Any, kernel: Any, labels: Any) -> tuple[Any, Any, Any]:
-    """Loss, features' gradient and the next kernel, with no gradient of the whole kernel in between."""
-    weights = jnp.float32(1 / features.shape[0])
-    step = linear_multilabel_step(AsymmetricLoss(), features, kernel, labels, descended, (), weights=weights)
-    return step.loss, step.features, step.kernel
-
-
-def ordinary_step(features: Any, kernel: Any, labels: Any) -> tuple[Any, Any, Any]:
-    """The same by way of the gradient."""
-    loss, (of_features, of_kernel) = jax.value_and_grad(fused, (0, 1))(features, kernel, labels)
-    return loss, of_features, descended(kernel, of_kernel, ())[0].astype(kernel.dtype)
-
-
-def rounded_products(features: Any, kernel: Any, slope: Any) -> tuple[Any, Any, Any]:
-    """The same with float32 logits that are rounded in a pass of their own: the yardstick up to version 0.1."""
+    """What any head has to multiply: the logits, and both gradients from the logits' gradient."""
     logits = jnp.dot(features, kernel, preferred_element_type=jnp.float32)
     return logits.astype(features.dtype), slope @ kernel.T, features.T @ slope
 
 
-STEPS: dict[str, Any] = {f.__name__: jax.value_and_grad(f, (0, 1)) for f in (fused, unfused)}
-STEPS |= {f.__name__: f for f in (three_products, rounded_products)}
+STEPS = {f.__name__: jax.value_and_grad(f, (0, 1)) for f in (fused, unfused)} | {"three_products": three_products}
 
 
 def shapes(classes: int, third: str) -> tuple[Any, ...]:
@@ -104,32 +68,11 @@ def memory(target: str, most: dict[int, float]) -> Iterator[Line]:
     """Temporaries compiled for a chip; `most` has the bound by the number of classes."""
     targets.device(target)
     for classes, bound in most.items():
-        step = fused_for("gpu" if target == "h100" else "tpu")
-        compiled = targets.compile_for(target, step, *shapes(classes, "ids"))
+        compiled = targets.compile_for(target, STEPS["fused"], *shapes(classes, "ids"))
         yield Line(_name(classes), "temporaries, fused", targets.temporary_bytes(compiled) / MIB, "MiB", bound)
         if classes == CLASSES:
             compiled = targets.compile_for(target, STEPS["unfused"], *shapes(classes, "bytes"))
             yield Line(_name(classes), "temporaries, unfused", targets.temporary_bytes(compiled) / MIB, "MiB")
-
-
-def memory_of_a_step(target: str) -> Iterator[Line]:
-    """What a training step with a million classes takes beside its weights, which are donated."""
-    targets.device(target)
-    rows, depth, classes = STEP
-    where = f"{rows}x{depth}-bf16, {classes:,} classes, {IDS} ids, training step"
-    operands = (
-        jax.ShapeDtypeStruct((rows, depth), jnp.bfloat16),
-        jax.ShapeDtypeStruct((depth, classes), jnp.bfloat16),
-        SparseLabels.tree_unflatten(classes, (jax.ShapeDtypeStruct((rows, IDS), jnp.int32),)),
-    )
-    weights = 2 * depth * classes / MIB
-    yield Line(where, "weights", weights, "MiB")
-    for name, step, bound in (
-        ("linear_multilabel_step", training_step, weights / 10),
-        ("by way of the gradient", ordinary_step, None),
-    ):
-        compiled = targets.compile_for(target, step, *operands, donate=(1,))
-        yield Line(where, f"temporaries, {name}", targets.temporary_bytes(compiled) / MIB, "MiB", bound)
 
 
 def _name(classes: int) -> str:
@@ -139,17 +82,16 @@ def _name(classes: int) -> str:
 SCRIPT = """
 import sys
 from profiling import head, targets
-step = head.fused_for("tpu") if sys.argv[1] == "fused" else head.STEPS[sys.argv[1]]
-targets.compile_for("v5e", step, *head.shapes(head.CLASSES, sys.argv[2]))
+targets.compile_for("v5e", head.STEPS[sys.argv[1]], *head.shapes(head.CLASSES, sys.argv[2]))
 """
 
 
 def cycles_on_v5e() -> Iterator[Line]:
     """Bundles times turns of the fused step over those of its three products alone."""
     where = _name(CLASSES)
-    text = targets.compile_for("v5e", fused_for("tpu"), *shapes(CLASSES, "ids")).as_text()
+    text = targets.compile_for("v5e", STEPS["fused"], *shapes(CLASSES, "ids")).as_text()
     in_loop = set(re.findall(r"%([\w.]+) = [^\n]*/while/body/", text))
-    chunk = head_chunk(ROWS, CLASSES, "tpu")
+    chunk = head_chunk(ROWS, CLASSES)
     chunks = math.ceil(CLASSES / chunk)
     mine = sum(
         _cycles(schedule, chunk) * (chunks if schedule.name in in_loop else 1)
@@ -190,9 +132,7 @@ def on_this_device(shape: tuple[int, int, int], dtype: str) -> Iterator[Line]:
     labels = jnp.asarray(random.random((rows, classes), np.float32) < 1e-4, jnp.int8)
     operands = {"fused": labels, "unfused": labels}
     if dtype != "float32":
-        # Dense: of a slope that is nearly all zeros a chip has less to do.
-        slope = jnp.asarray(random.standard_normal((rows, classes), np.float32), dtype)
-        operands |= {"three_products": slope, "rounded_products": slope}
+        operands["three_products"] = labels.astype(dtype)
     compiled = {name: jax.jit(STEPS[name]).lower(features, kernel, third).compile() for name, third in operands.items()}
     runners = {
         name: Runner(name, lambda n=name: jax.block_until_ready(compiled[n](features, kernel, operands[n])), None)
@@ -203,7 +143,7 @@ def on_this_device(shape: tuple[int, int, int], dtype: str) -> Iterator[Line]:
             runner.time()
     for name, runner in runners.items():
         yield Line(where, f"time, {name.replace('_', ' ')}", 1e3 * statistics.median(runner.seconds), "ms")
-    for name, least in (("unfused", 1.0), ("three_products", None), ("rounded_products", 1 / 1.15)):
+    for name, least in (("unfused", 1.0), ("three_products", 0.75)):
         if name in runners:
             ratios = [b / a for a, b in zip(runners["fused"].seconds, runners[name].seconds, strict=True)]
             what = f"{name.replace('_', ' ')} over fused, median of {ROUNDS}"
@@ -217,15 +157,8 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Line]], ...]] = {
     CPU: (lambda: on_this_device(ON_CPU, "float32"),),
     GPU: (lambda: on_this_device((ROWS, DEPTH, CLASSES), "bfloat16"),),
     TPU: (lambda: on_this_device((ROWS, DEPTH, CLASSES), "bfloat16"),),
-    "v5e": (
-        functools.partial(memory, "v5e", {CLASSES: 8, MANY_CLASSES: 64}),
-        functools.partial(memory_of_a_step, "v5e"),
-        cycles_on_v5e,
-    ),
-    "h100": (
-        functools.partial(memory, "h100", {CLASSES: 128}),
-        functools.partial(memory_of_a_step, "h100"),
-    ),
+    "v5e": (functools.partial(memory, "v5e", {CLASSES: 8, MANY_CLASSES: 64}), cycles_on_v5e),
+    "h100": (functools.partial(memory, "h100", {CLASSES: 128}),),
 }
 
 

@@ -32,8 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from asl_pallas import kernels, multilabel_loss
-from asl_pallas.kernels.operands import Operands
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import ElementwiseLoss, Label
 from profiling import schedule, targets
@@ -43,14 +42,13 @@ ROWS, CLASSES = 4096, 8192
 
 _SCRIPT = """
 import os, sys
-target, name, statistics, by_class, path = sys.argv[1:]
+target, name, statistics, path = sys.argv[1:]
 sys.path[:0] = path.split(os.pathsep)
 import jax
 from asl_pallas import multilabel_loss
 from profiling import own_loss, targets
 loss = own_loss.find(name)
-step = own_loss.step(loss, statistics == "True", by_class == "True")
-targets.compile_for(target, step, *own_loss.shapes())
+targets.compile_for(target, own_loss.step(loss, statistics == "True"), *own_loss.shapes())
 """
 
 
@@ -130,36 +128,31 @@ def _error(found: Any, truth: Any) -> float:
     return float(np.max(np.where(same, 0.0, np.where(np.isfinite(error), error, np.inf))))
 
 
-def step(
-    loss: ElementwiseLoss, statistics: bool = False, by_class: bool = False, implementation: str = "mosaic_tpu"
-) -> Any:
-    """Value and gradient of all losses' sum, and the statistics of each row, or of each row and class."""
-    options: dict[str, Any] = {"decision_logits": 0.0} if by_class else {}
+def step(loss: ElementwiseLoss, statistics: bool = False, implementation: str = "mosaic_tpu") -> Any:
+    """Value and gradient of all losses' sum, and the statistics of each row."""
 
     def total(x: Any, y: Any) -> Any:
-        found = multilabel_loss(loss, x, y, statistics=statistics, implementation=implementation, **options)
+        found = multilabel_loss(loss, x, y, statistics=statistics, implementation=implementation)
         losses, of_rows = found if statistics else (found, None)
         return losses.sum(), of_rows
 
     return jax.value_and_grad(total, has_aux=True)
 
 
-def cost(name: str, target: str, statistics: bool = False, by_class: bool = False) -> Cost:
+def cost(name: str, target: str, statistics: bool = False) -> Cost:
     """Of the loss "module:name", compiled for a TPU: of its kernel, which all but some sums of rows is."""
     loss = find(name)
     task, operands = Task(loss, "rows", True, statistics=statistics), Operands(*shapes())
-    if by_class:
-        operands = operands._replace(decisions=(jax.ShapeDtypeStruct((1, CLASSES), jnp.float32),))
     cycles, spills = 0.0, 0
     path = os.pathsep.join(filter(None, sys.path))
-    for one in targets.schedules(target, _SCRIPT, target, name, str(statistics), str(by_class), path):
+    for one in targets.schedules(target, _SCRIPT, target, name, str(statistics), path):
         turns = schedule.turns_of(one, target, task, operands)
         if turns is None:
             raise RuntimeError(f"{one.name} has loops whose turns nothing tells")
         cycles += sum(n * loop.bundles for n, loop in zip(turns, one.loops, strict=True))
         spills += one.spills
 
-    compiled = targets.compile_for(target, step(loss, statistics, by_class), *shapes())
+    compiled = targets.compile_for(target, step(loss, statistics), *shapes())
     return Cost(target, cycles / (ROWS * CLASSES / 1024), spills, targets.temporary_bytes(compiled))
 
 
@@ -190,7 +183,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("loss", help="module:name of a loss object, or of its class")
     parser.add_argument("--target", action="append", choices=targets.TPU, help="a TPU to compile for, several times")
     parser.add_argument("--statistics", action="store_true", help="with statistics, in the bundles of --target")
-    parser.add_argument("--by-class", action="store_true", help="with --statistics, of classes too")
     parser.add_argument("--local", action="store_true", help="time it on this machine, against a copy")
     options = parser.parse_args(arguments)
     rows = exactness(find(options.loss))
@@ -202,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{row.most_slope:9.1e}{held}"
         )
     for target in options.target or []:
-        found = cost(options.loss, target, options.statistics, options.by_class)
+        found = cost(options.loss, target, options.statistics)
         print(
             f"{target}: {found.bundles_per_1024:.2f} bundles per 1024 elements, {found.spills} spills, "
             f"{found.temporary_bytes:,} bytes of temporaries"

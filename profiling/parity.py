@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asl_pallas import asymmetric_loss, kernels
-from asl_pallas.kernels.operands import Operands
+from asl_pallas.kernels.tile import Operands
 from profiling import results
 from profiling.cases import CPU, GPU, TPU
 from profiling.results import Row

@@ -1,6 +1,6 @@
-"""The tables of figures in README and documentation, between markers, from the JSON files.
+"""The README's tables of figures, between markers, from the JSON files.
 
-A marker names the table and the device that it is about, <!-- profiling: speed cpu-... -->, so the page alone says
+A marker names the table and the device that it is about, <!-- profiling: speed cpu-... -->, so the README alone says
 which files it has to agree with.
 """
 
@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import pathlib
 import re
-import textwrap
 from collections.abc import Callable, Iterable
 
 from profiling import cases, contenders, local, results, tables, targets
@@ -18,14 +17,12 @@ from profiling.cases import GRADIENT, IDS, IN_PLACE, ON_CHIP, ON_ODD_ROWS
 from profiling.results import Document, Row
 
 README = local.ROOT / "README.md"
-PERFORMANCE = local.ROOT / "docs" / "performance.md"
-PAGES = (README, PERFORMANCE)
 END = "<!-- end of profiling -->"
 _MARKED = re.compile(rf"<!-- profiling: (\w+) ([\w.-]+) -->\n(.*?){re.escape(END)}", re.DOTALL)
 
 
 def rewritten(text: str, device: str | None, folder: pathlib.Path = results.FOLDER) -> str:
-    """A page with its tables as the files have them; `device` is put in the place of the one that is named.
+    """The README with its tables as the files have them; `device` is put in the place of the one that is named.
 
     Tables of a machine with huge pages make way for another machine's with huge pages, and those of an accelerator,
     which are kinds of their own, for another accelerator's.
@@ -60,11 +57,11 @@ def has_chip(device: str, folder: pathlib.Path = results.FOLDER) -> bool:
 
 
 def disagreements(text: str, folder: pathlib.Path = results.FOLDER) -> list[str]:
-    """What is wrong with a page: tables that aren't as the files have them, or that nothing marks."""
+    """What is wrong with the README: tables that aren't as the files have them, or that nothing marks."""
     found = []
     marked = _MARKED.findall(text)
     if not marked:
-        return ["there is no table between markers"]
+        return ["README.md has no table between markers"]
     for kind, device, body in marked:
         if kind not in TABLES:
             found.append(f"no table is called {kind}; there are {', '.join(TABLES)}")
@@ -158,59 +155,6 @@ def speed(device: str, folder: pathlib.Path) -> str:
     for note in dict.fromkeys(row.note for row in absent):
         said += f" Not measured: {', '.join(r.contender for r in absent if r.note == note)} ({note})."
     return _markdown(header, lines) + said + "\n" + _source([timed, grown, planned], used)
-
-
-def summary(device: str, folder: pathlib.Path) -> str:
-    """A few contenders, on the machine at hand and on the accelerators that ran them."""
-    names = [device, *sorted(path.name for path in folder.iterdir() if path.is_dir() and has_chip(path.name, folder))]
-    timed = {name: results.load_or_empty(results.path_of(name, "speed", folder)) for name in names}
-    planned = results.load_or_empty(results.path_of(device, "memory", folder))
-    found = {
-        name: document.rows_of((ON_CHIP if has_chip(name, folder) else document.main_case()).name, GRADIENT)
-        for name, document in timed.items()
-    }
-    if not found[device]:
-        return ""
-    case = timed[device].main_case().name
-    memory = planned.rows_of(case, GRADIENT)
-    kinds = {name: _kind(timed[name]) for name in names}
-    header = ["", f"{kinds[device]}: ms", "times ours", "temporaries, MiB"]
-    for name in names[1:]:
-        header += [f"{kinds[name]}: ms", "times ours"]
-    shown = [f"{kind}: {case if name == device else ON_CHIP.name}" for name, kind in kinds.items()]
-    lines, used = [], []
-    for contender in contenders.CONTENDERS:
-        rows = {name: of_device.get(contender.name) for name, of_device in found.items()}
-        if not (contender.ours or contender.name in _SUMMARISED) or not any(rows.values()):
-            continue
-        cells = []
-        for name, row in rows.items():
-            cells += _briefly(row)
-            if name == device:
-                of_memory = memory[contender.name].figures if contender.name in memory else {}
-                cells.append(tables.mib(of_memory, "temporaries"))
-            used += [row.run] if row else []
-        lines.append([contender.title, *cells])
-    source = f"{'; '.join(shown)}. {_source(timed.values(), used).strip()}"
-    return (
-        _markdown(header, lines) + f"\n{textwrap.fill(source, 120, break_on_hyphens=False, break_long_words=False)}\n"
-    )
-
-
-def _kind(document: Document) -> str:
-    """Of the machine: "CPU", or its accelerator's name without the maker and the memory."""
-    names = {run.machine for run in document.runs.values()}
-    words = sorted(names)[0].split() if names else []
-    return words[1] if words[:1] == ["NVIDIA"] else "CPU"
-
-
-_SUMMARISED = ("closed-form", "official", "optax-focal", "torch-asl", "torch-asl-compiled")
-
-
-def _briefly(row: Row | None) -> list[str]:
-    if row is None:
-        return ["-", "-"]
-    return [tables.milliseconds(row.figures["seconds"]), tables.ratio(row.figures).partition(" (")[0]]
 
 
 def measured(device: str, folder: pathlib.Path) -> str:
@@ -421,7 +365,6 @@ def parity(device: str, folder: pathlib.Path) -> str:
 
 
 TABLES: dict[str, Callable[[str, pathlib.Path], str]] = {
-    "summary": summary,
     "speed": speed,
     "measured": measured,
     "pages": pages,

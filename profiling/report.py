@@ -1,4 +1,4 @@
-"""All measurements, their files, the pictures and the pages' tables; or whether the pages agree with the files."""
+"""All measurements, their files, the pictures and the README's tables; or whether the README agrees with the files."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ def measure(session: Session, run: Run, folder: pathlib.Path = results.FOLDER) -
             return
 
 
-def redraw(
-    console: Console, folder: pathlib.Path = results.FOLDER, pages: tuple[pathlib.Path, ...] = readme.PAGES
-) -> None:
-    """The pictures of the device at hand and the pages' tables, from the files."""
+def redraw(console: Console, folder: pathlib.Path = results.FOLDER, path: pathlib.Path = readme.README) -> None:
+    """The pictures of the device at hand and the README's tables, from the files."""
     for picture in plots.draw(local.slug(), folder):
         console.print(f"wrote {picture}")
-    for path in filter(pathlib.Path.exists, pages):
+    if path.exists():
         text = path.read_text()
         device = local.slug() if (folder / local.slug()).exists() else None
         fresh = readme.rewritten(text, device, folder)
@@ -50,16 +48,11 @@ def redraw(
             console.print(f"rewrote the tables of {path}")
 
 
-def check(
-    console: Console, folder: pathlib.Path = results.FOLDER, pages: tuple[pathlib.Path, ...] = readme.PAGES
-) -> int:
-    """Exit status 0 where the pages' tables are what the files have."""
-    status = 0
-    for path in pages:
-        wrong = readme.disagreements(path.read_text(), folder)
-        for line in wrong:
-            console.print(f"{path.name}: {line}", style="red", markup=False)
-            status = 1
-        if not wrong:
-            console.print(f"{path.name} agrees with {folder}")
-    return status
+def check(console: Console, folder: pathlib.Path = results.FOLDER, path: pathlib.Path = readme.README) -> int:
+    """Exit status 0 where the README's tables are what the files have."""
+    wrong = readme.disagreements(path.read_text(), folder)
+    for line in wrong:
+        console.print(line, style="red", markup=False)
+    if not wrong:
+        console.print(f"{path.name} agrees with {folder}")
+    return 1 if wrong else 0

@@ -17,8 +17,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from asl_pallas.kernels.operands import Operands
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, TPU_IDS, TpuTiling, tpu_ids, tpu_tiling, triton_tiling
 from asl_pallas.losses import AsymmetricLoss
 from profiling import contenders, targets

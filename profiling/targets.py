@@ -99,13 +99,8 @@ def collectives(compiled: Any) -> list[tuple[str, int]]:
     return found
 
 
-def compile_for(
-    target: str, f: Callable[..., Any], *shapes: Any, donate: tuple[int, ...] = (), dump: str | None = None
-) -> Any:
-    """jit(f) compiled for one chip.
-
-    `shapes` are pytrees of jax.ShapeDtypeStruct; `donate` are positions among them; `dump` is a folder for PTX.
-    """
+def compile_for(target: str, f: Callable[..., Any], *shapes: Any, dump: str | None = None) -> Any:
+    """jit(f) compiled for one chip. `shapes` are pytrees of jax.ShapeDtypeStruct; `dump` is a folder for PTX."""
     chip = device(target)
     sharding = jax.sharding.SingleDeviceSharding(chip)
     platform = "tpu" if target in TPU else "cuda"
@@ -113,8 +108,7 @@ def compile_for(
     if dump is not None:
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": ".*"}
     with lowering_for(target):
-        jitted = jax.jit(f, in_shardings=sharding, out_shardings=sharding, donate_argnums=donate)
-        traced = jitted.trace(*shapes)
+        traced = jax.jit(f, in_shardings=sharding, out_shardings=sharding).trace(*shapes)
         return traced.lower(lowering_platforms=(platform,)).compile(compiler_options=options)
 
 

@@ -87,11 +87,9 @@ def _compare(config: Configuration, data: Data, found: dict[str, Any]) -> str:
         if found["value"].dtype != (np.float64 if truth.double else np.float32):
             return f"loss has dtype {found['value'].dtype}"
         sentences.append(truth.wrong_values(found["value"])[1])
-    if found.get("statistics") is not None:
-        sentences.append(truth.wrong_statistics(found["statistics"]))
     gradients = found.get("gradients")
     if gradients is None:
-        return "; ".join(filter(None, sentences))
+        return sentences[0]
     if config.mode == "others":
         sentences.append(truth.wrong_other_gradients(gradients)[1])
     elif config.is_head:
@@ -149,28 +147,26 @@ def _function(config: Configuration) -> Callable[..., dict[str, Any]]:
 
     def loss(inputs: dict[str, Any], labels: Any, dynamic: dict[str, Any]) -> Any:
         if not config.takes_object:
-            return function(**inputs, labels=labels, **config.options, **known, **dynamic), None
+            return function(**inputs, labels=labels, **config.options, **known, **dynamic)
         own = {name: value for name, value in dynamic.items() if name in config.names}
         others = {name: value for name, value in dynamic.items() if name not in config.names}
         its_loss = config.kind.make(**known, **own, **config.settings)
-        found = function(its_loss, **inputs, labels=labels, **config.options, **others)
-        return found if "statistics" in config.options else (found, None)
+        return function(its_loss, **inputs, labels=labels, **config.options, **others)
 
     def value(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
-        result, statistics = loss(inputs, labels, dynamic)
-        return {"value": result, "statistics": statistics}
+        return {"value": loss(inputs, labels, dynamic)}
 
     def top_k(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
         scores, ids = function(**inputs, **config.options)
         return {"value": scores, "ids": ids}
 
     def vjp(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
-        result, pull, statistics = jax.vjp(lambda inputs: loss(inputs, labels, dynamic), inputs, has_aux=True)
-        return {"value": result, "gradients": pull(jnp.asarray(cotangent, result.dtype))[0], "statistics": statistics}
+        result, pull = jax.vjp(lambda inputs: loss(inputs, labels, dynamic), inputs)
+        return {"value": result, "gradients": pull(jnp.asarray(cotangent, result.dtype))[0]}
 
     def grad(inputs: Any, labels: Any, dynamic: Any, cotangent: Any) -> dict[str, Any]:
         def weighted(inputs: Any) -> Any:
-            result, _ = loss(inputs, labels, dynamic)
+            result = loss(inputs, labels, dynamic)
             return jnp.sum(result * jnp.asarray(cotangent, result.dtype))
 
         return {"gradients": jax.grad(weighted)(inputs)}
@@ -182,7 +178,7 @@ def _function(config: Configuration) -> Callable[..., dict[str, Any]]:
 
         def by_others(asked: dict[str, Any]) -> Any:
             given = asked.get("labels", labels)
-            return loss(inputs, given, dynamic | {name: asked[name] for name in names})[0]
+            return loss(inputs, given, dynamic | {name: asked[name] for name in names})
 
         result, pull = jax.vjp(by_others, asked)
         return {"value": result, "gradients": pull(jnp.asarray(cotangent, result.dtype))[0]}

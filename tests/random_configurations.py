@@ -184,10 +184,6 @@ def draw(seed: int, number: int) -> Configuration:
         k = int(random.integers(1, shape[-1] + 1))
         options = {"k": k} | {name: options[name] for name in ("chunk_size",) if name in options}
         labels, soft, arrays, traced = "bool", False, {}, {}
-    if takes_object and _sums_classes(options["axis"], len(shape)) and random.random() < 0.3:
-        options["statistics"] = True
-        if random.random() < 0.5:
-            options["decision_logits"] = _one(random, [0.0, -1.5, np.float32(0.25)])
     others = {name for name in ("weights", "pos_weight") if name in arrays and "int" not in arrays[name][1]}
     others |= {"labels"} if soft else set()
     modes = ["value"] if top_k else ["vjp"] * 5 + ["grad"] * 3 + ["value"] + ["others"] * bool(others)
@@ -309,10 +305,6 @@ def _arrays(random: Random, shape: Shape, x64: bool) -> dict[str, tuple[Shape, s
 
 def _holds(dtype: str, number: int) -> bool:
     return bool(np.iinfo(dtype).min <= number <= np.iinfo(dtype).max)
-
-
-def _sums_classes(axis: Any, ndim: int) -> bool:
-    return axis is None or ndim - 1 in np.atleast_1d(np.asarray(axis, int)) % ndim
 
 
 def _along_one_axis(of: Shape, shape: Shape, axis: Any) -> Shape:

@@ -146,8 +146,6 @@ def _labels(random: np.random.Generator, config: Configuration) -> tuple[Array, 
     if "sparse" in config.labels:
         positive, ids = _sparse(random, full, config.ids)
         dtype = np.dtype(random.choice(["int32", "int16", "int64"]))
-        if shape[-1] > np.iinfo(dtype).max:
-            dtype = np.dtype("int32")
         if config.labels == "sparse":
             return positive, ids.astype(dtype)
         negative, others = _sparse(random, full, config.ids + 2)

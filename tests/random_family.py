@@ -161,9 +161,7 @@ class FamilyTruth(Truth):
         if not step.any():
             return np.zeros(step.shape), np.zeros(step.shape)
         below, above = (self._mixed(self.logits + sign * step, np) for sign in (-1, 1))
-        differences = (np.nan_to_num(abs(high - low), posinf=0.0) for low, high in zip(below, above, strict=True))
-        # Both sides are those of other logits, a step away, and differ from this logit's by as much as that.
-        value, slope = (difference * (1 + 1e-5) for difference in differences)
+        value, slope = (np.nan_to_num(abs(high - low), posinf=0.0) for low, high in zip(below, above, strict=True))
         return value, slope
 
     @property
@@ -206,41 +204,6 @@ class FamilyTruth(Truth):
         x, y = (np.where(self.kept, array, 0.0) for array in (self.logits, self.data.dense))
         positive, negative = self._side(x, 1, np)[0], self._negative(x, y, np)[0]
         return y if self.config.soft else np.where(y == 1, 1.0, 0.0), positive, negative, self._relabelled(x)
-
-    def wrong_statistics(self, found: Any) -> str:
-        """Of counts and probabilities, by example and by class."""
-        y = self.sides()[0]
-        counted = self.kept
-        if self.config.third is not None and not self.config.soft:
-            counted = counted & (self.data.dense != self.config.third)
-        with np.errstate(over="ignore"):
-            p = 1 / (1 + np.exp(-self.logits))
-        parts = {
-            "positives": y,
-            "negatives": 1 - y,
-            "positive_probability": np.where(y == 0, 0, y * p),
-            "negative_probability": np.where(y == 1, 0, (1 - y) * p),
-        }
-        parts = {name: np.where(counted, part, 0.0) for name, part in parts.items()}
-        unknown = counted & np.isnan(p)  # in the sums of either side, one of which is a difference
-        # What rounded logits of a head may do to a probability.
-        doubt = np.where(counted, self.doubt / 4, 0.0) if self.config.is_head else np.zeros(self.logits.shape)
-        sentences = []
-        leading = tuple(range(1, self.rank - 1))
-        for where, statistics, axes in (("", found, self.axes), (" of classes", found.by_class, leading)):
-            if statistics is None:
-                continue
-            for name, part in parts.items():
-                expected, ours = part.sum(axes), np.asarray(getattr(statistics, name))
-                bound = 1e-5 * np.abs(expected) + doubt.sum(axes) + 1e-6 * (1 + counted.sum(axes))
-                if ours.shape != expected.shape:
-                    return f"{name}{where} has shape {ours.shape}, expected {expected.shape}"
-                may_be_nan = unknown.any(axes) if "probability" in name else False
-                wrong = ~((np.abs(ours - expected) <= bound) | (np.isnan(ours) & may_be_nan))
-                if wrong.any():
-                    at = tuple(np.argwhere(wrong)[0])
-                    sentences.append(f"{name}{where} at {at} is {ours[at]}, expected {expected[at]}")
-        return "; ".join(sentences)
 
 
 def truth_of(config: Configuration, data: Data) -> Truth:

@@ -13,9 +13,8 @@ import pytest
 from cases import GAMMAS_AND_CLIP, assert_no_worse, away_from_the_margin, careful_pair, interpreted, true_pair
 
 from asl_pallas import kernels
-from asl_pallas.kernels import tpu_stages, triton
-from asl_pallas.kernels.operands import Operands
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels import mosaic_tpu, triton
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import AsymmetricLoss, ElementwiseLoss, Label
 from asl_pallas.losses.base import TRACED
@@ -197,14 +196,14 @@ def test_a_tpus_estimate_of_a_reciprocal_is_good_enough_after_one_step(gamma_neg
     """As up to v5 the kernel takes it, which no interpreter does: thirteen bits, wrong by all that the last one leaves;
     with losses that only their sum keeps from being negative, and labels told by the slope."""
     estimate = 1 + sign * np.float32(2.0**-13)
-    monkeypatch.setattr(tpu_stages, "reciprocal", lambda z, approx: EXACT.reciprocal(z) * estimate)
+    monkeypatch.setattr(mosaic_tpu, "reciprocal", lambda z, approx: EXACT.reciprocal(z) * estimate)
     x = np.concatenate([LOGITS, np.linspace(-100, 100, 4001), np.linspace(-4, 4, 4001)]).astype(np.float32)
     x, y = np.tile(x, 2), np.repeat(np.int8([0, 1]), x.size)
     options: dict[str, Any] = {"gamma_neg": gamma_neg, "gamma_pos": gamma_pos, "clip": clip, "axis": ()}
     truths, yardsticks = (pair(x, y, np.ones(x.shape), **options) for pair in (true_pair, careful_pair))
     formula = AsymmetricLoss(gamma_neg, gamma_pos, clip)
     task, operands = Task(formula, "rows", True), Operands(jnp.asarray(x), jnp.asarray(y))
-    ops = tpu_stages.arithmetic(task, operands, refines=True)
+    ops = mosaic_tpu.arithmetic(task, operands, refines=True)
     assert ops.infer_label_from_slope and not ops.signed_per_element
     found = formula.value_and_slope(operands.logits, Label(operands.labels > 0), ops)
     near = (True, away_from_the_margin(x, clip))
@@ -251,6 +250,6 @@ def test_a_second_loss_costs_one_class_and_no_line_in_a_kernel(implementation, m
     expected = np.maximum((0.7 if margin is TRACED else 1.0) - (2.0 * y - 1) * x, 0)
     task = Task(SquaredHinge(margin), "rows", True)
     operands = Operands(jnp.asarray(x), jnp.asarray(y), scalars=scalars)
-    value, slope, *_ = jax.jit(lambda o: kernels.run(task, o, implementation, True))(operands)
+    value, slope, _ = jax.jit(lambda o: kernels.run(task, o, implementation, True))(operands)
     np.testing.assert_allclose(value, (expected**2).sum(1), rtol=1e-5)
     np.testing.assert_allclose(slope, -2 * (2 * y - 1) * expected, atol=1e-5)

@@ -12,8 +12,7 @@ import pytest
 from cases import optimising
 
 from asl_pallas.kernels import mosaic_tpu, triton, xla
-from asl_pallas.kernels.operands import Operands
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.losses import ElementwiseLoss
 from asl_pallas.losses.ops import EXACT
 

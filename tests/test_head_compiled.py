@@ -12,7 +12,7 @@ from test_compiled import available, holds_kernel
 
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, linear_asymmetric_loss, linear_top_k
 from asl_pallas.bits import words_for
-from profiling import head, targets
+from profiling import targets
 
 S = jax.ShapeDtypeStruct
 MIB = 2**20
@@ -66,15 +66,6 @@ def test_on_an_h100_chunks_alone_are_in_memory():
 def assert_kernel_is_not_copied(compiled: Any, classes: int) -> None:
     made = re.findall(rf"= \w+\[{DEPTH},{classes}\]\S* (copy|convert|transpose)\(", compiled.as_text())
     assert not made
-
-
-@pytest.mark.mostly_long(short=1)
-@pytest.mark.parametrize("target", ["v5e", "h100"])
-def test_a_training_step_takes_its_weights_and_a_tenth_of_them(target):
-    available(target)
-    weights, fused, _ = head.memory_of_a_step(target)
-    assert weights.figure == 1024 and fused.bound == weights.figure / 10
-    assert fused.holds
 
 
 @pytest.mark.long

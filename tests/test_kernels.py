@@ -15,9 +15,8 @@ from cases import GAMMAS_AND_CLIP, optimising
 from asl_pallas import PackedLabels, SparseLabels, asymmetric_loss, kernels
 from asl_pallas.kernels import mosaic_tpu, tiling, triton, xla
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.operands import Operands
 from asl_pallas.kernels.platforms import by_platform
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import LANES, cpu_tiling, tpu_tiling, triton_tiling
 from asl_pallas.kernels.versions import lacks_mosaic_gpu
 from asl_pallas.losses import AsymmetricLoss
@@ -214,7 +213,7 @@ def test_a_nan_comes_through_the_streamed_form(gamma_neg, gamma_pos, clip):
     scalars = jnp.array([gamma_neg, gamma_pos, clip], jnp.float32)
     of_arrays = AsymmetricLoss(TRACED, TRACED, TRACED)
     for formula, dynamic in ((AsymmetricLoss(gamma_neg, gamma_pos, clip), None), (of_arrays, scalars)):
-        value, gradient, *_ = xla.run_streamed(Task(formula, "rows", True), operands._replace(scalars=dynamic))
+        value, gradient, _ = xla.run_streamed(Task(formula, "rows", True), operands._replace(scalars=dynamic))
         assert np.flatnonzero(np.isnan(value)).tolist() == [3, 99]
         assert np.argwhere(np.isnan(gradient)).tolist() == [[3, 5], [99, 699]]
 

@@ -18,8 +18,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from asl_pallas import asymmetric_loss, kernels
 from asl_pallas.kernels import versions, xla
-from asl_pallas.kernels.operands import Operands
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Task
 from asl_pallas.kernels.tiling import mosaic_gpu_tiling
 from asl_pallas.losses import AsymmetricLoss
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import pathlib
 import re
 import shutil
 import weakref
@@ -481,8 +482,8 @@ def test_quick_leaves_out_what_is_slow_to_compile_and_says_so():
 
 @pytest.fixture(scope="module")
 def device() -> str:
-    """The folder of the device whose figures the documentation shows."""
-    found = re.search(r"<!-- profiling: speed (\S+) -->", readme.PERFORMANCE.read_text())
+    """The folder of the device whose figures the README shows."""
+    found = re.search(r"<!-- profiling: speed (\S+) -->", readme.README.read_text())
     assert found is not None
     return found.group(1)
 
@@ -499,25 +500,24 @@ def test_pictures_are_drawn_from_the_committed_results(tmp_path, device):
     assert plots.draw("a-device-without-results", tmp_path / "empty") == []
 
 
-@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.stem)
-def test_the_tables_of_a_page_are_the_committed_results(page):
-    text = page.read_text()
+def test_the_readme_s_tables_are_the_committed_results(tmp_path):
+    text = readme.README.read_text()
     assert readme.disagreements(text) == []
     assert readme.rewritten(text, None) == text
     changed = text.replace("ours", "theirs")
     assert readme.disagreements(changed)
     assert readme.rewritten(changed, None).count("ours") > 0
-    assert readme.disagreements("nothing marked") == ["there is no table between markers"]
+    assert readme.disagreements("nothing marked") == ["README.md has no table between markers"]
 
 
-def test_the_tables_follow_the_device_that_measured(tmp_path, device):
+def test_the_readme_s_tables_follow_the_device_that_measured(tmp_path, device):
     shutil.copytree(results.FOLDER / device, tmp_path / "another", ignore=shutil.ignore_patterns("*.png"))
-    text = readme.rewritten(readme.PERFORMANCE.read_text(), "another", tmp_path)
+    text = readme.rewritten(readme.README.read_text(), "another", tmp_path)
     assert "<!-- profiling: speed another -->" in text and f"speed {device}" not in text
 
 
 def test_an_accelerator_has_a_table_of_its_own_and_leaves_the_others_alone(tmp_path):
-    before = readme.PERFORMANCE.read_text()
+    before = readme.README.read_text()
     (card,) = re.findall(r"<!-- profiling: measured (\S+) -->", before)
     assert readme.has_chip(card)
     shutil.copytree(results.FOLDER, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.png"))
@@ -530,10 +530,10 @@ def test_an_accelerator_has_a_table_of_its_own_and_leaves_the_others_alone(tmp_p
 
 
 @pytest.fixture(autouse=True)
-def _leaves_the_pages_alone() -> Iterator[None]:
-    before = [page.read_bytes() for page in readme.PAGES]
+def _leaves_the_readme_alone() -> Iterator[None]:
+    before = pathlib.Path(readme.README).read_bytes()
     yield
-    assert [page.read_bytes() for page in readme.PAGES] == before
+    assert pathlib.Path(readme.README).read_bytes() == before
 
 
 def test_a_kernel_belongs_to_its_own_platform_and_torch_to_what_runs():

@@ -22,11 +22,6 @@ OF_ROWS = 64 * 4096 * 4
 LOSSES = [AsymmetricLoss(), FocalLoss(2.0, 0.25), HillLoss(), SelectiveLoss(clip=0.05)]
 
 
-def packed_labels() -> Any:
-    words = S((SHAPE[0], words_for(SHAPE[1])), jnp.uint32)
-    return jax.tree.unflatten(jax.tree.structure(PackedLabels.from_ids([[0]], SHAPE[1])), [words])
-
-
 @pytest.fixture(params=CHIPS)
 def target(request: pytest.FixtureRequest) -> str:
     return available(request.param)
@@ -38,7 +33,9 @@ def target(request: pytest.FixtureRequest) -> str:
 def test_they_come_from_the_kernel_that_gives_loss_and_gradient(loss, form, target):
     labels = {
         "dense": LABELS,
-        "packed": packed_labels(),
+        "packed": jax.tree.unflatten(
+            jax.tree.structure(PackedLabels.from_ids([[0]], SHAPE[1])), [S((SHAPE[0], words_for(SHAPE[1])), jnp.uint32)]
+        ),
         "soft": S(SHAPE, jnp.bfloat16),
     }[form]
     step = own_loss.step(loss, statistics=True, implementation=kernel_of(target))
@@ -55,32 +52,6 @@ def test_on_v5e_they_cost_few_bundles_and_spill_nothing():
     assert cost.bundles_per_1024 <= 12.0 + 3.5
     assert cost.spills == 0
     assert cost.temporary_bytes <= OF_ROWS
-
-
-@pytest.mark.long
-def test_on_v5e_they_come_by_class_from_the_same_kernel():
-    """12.0 without, and 7 more at most, of which half are those by example."""
-    cost = own_loss.cost("asl_pallas.losses:AsymmetricLoss", available("v5e"), statistics=True, by_class=True)
-    assert cost.bundles_per_1024 <= 12.0 + 7.0
-    assert cost.temporary_bytes <= OF_ROWS
-
-
-@pytest.mark.mostly_long(short=1)
-@pytest.mark.parametrize("form", ["dense", "packed"])
-def test_by_class_nothing_is_as_large_as_the_logits(form, target):
-    labels = LABELS if form == "dense" else packed_labels()
-    step = own_loss.step(AsymmetricLoss(), statistics=True, by_class=True, implementation=kernel_of(target))
-    compiled = targets.compile_for(target, step, LOGITS, labels)
-    assert holds_kernel(target, compiled)
-    # On a GPU each program writes the sums of its rows.
-    assert targets.temporary_bytes(compiled) <= OF_ROWS + (SHAPE[0] * SHAPE[1] // 8 if target == "h100" else 0)
-
-
-@pytest.mark.mostly_long(short=1)
-def test_by_class_with_64_bit_types_it_compiles_too(target):
-    step = own_loss.step(AsymmetricLoss(), statistics=True, by_class=True, implementation=kernel_of(target))
-    with jax.enable_x64(True):
-        assert holds_kernel(target, targets.compile_for(target, step, LOGITS, LABELS))
 
 
 @pytest.mark.long

@@ -12,7 +12,7 @@ from pairwise import pairwise
 from test_compiled import available, few_labels, holds_kernel, kernel_of
 
 from asl_pallas import asymmetric_loss, kernels, linear_asymmetric_loss
-from asl_pallas.kernels.operands import Operands
+from asl_pallas.kernels.tile import Operands
 from profiling import targets
 
 S = jax.ShapeDtypeStruct

@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from asl_pallas.kernels import cpu_statistics, of_classes, xla
-from asl_pallas.kernels.operands import ENCODED, Form, Operands, Result
+from asl_pallas.kernels import xla
 from asl_pallas.kernels.platforms import Code, by_platform
-from asl_pallas.kernels.sums import ClassSums
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task
 from asl_pallas.kernels.tiling import LARGEST_INT32, MOSAIC_GPU_CLASSES, TPU_MOST_IDS, tpu_pays, triton_pays
 from asl_pallas.kernels.versions import lacks_mosaic_gpu, unify_varying_axes
 from asl_pallas.losses.base import PER_CLASS, ElementwiseLoss
@@ -117,28 +115,23 @@ def run(task: Task, operands: Operands, implementation: str | None, interpret: b
     The operands have any number of leading dimensions; each has the logits' rank, and may be constant along some.
     """
     leading = operands.logits.shape[:-1]
-    if not task.statistics:
-        operands = operands._replace(decisions=())
     if implementation == PLAIN or _is_symbolic(operands) or operands.logits.size == 0:
-        return _with_classes(xla.run, of_classes.sums, task, operands)
-    value, gradient, sums, sums_of_classes = _run_matrix(
-        task, unify_varying_axes(matrices(operands)), implementation, interpret
-    )
+        return xla.run(task, operands)
+    value, gradient, sums = _run_matrix(task, unify_varying_axes(_matrices(operands)), implementation, interpret)
     if task.value is not None:
         value = value.reshape(leading if task.value == "rows" else operands.logits.shape)
     sums = jax.tree.map(lambda part: part.reshape(leading), sums)
-    gradient = None if gradient is None else gradient.reshape(operands.logits.shape)
-    return Result(value, gradient, sums, sums_of_classes)
+    return Result(value, None if gradient is None else gradient.reshape(operands.logits.shape), sums)
 
 
 def _run_matrix(task: Task, operands: Operands, implementation: str | None, interpret: bool) -> Result:
     if interpret and implementation == "mosaic_gpu":
         # Its interpreter has effects that JAX has to see while it traces, and no operation's lowering may bring in.
         return _kernel(implementation, task, operands, interpret=True)
-    return by_platform(operands, _TaskCode(task, shapes_of(operands), implementation, interpret))
+    return by_platform(operands, _TaskCode(task, _shapes_of(operands), implementation, interpret))
 
 
-def shapes_of(operands: Operands) -> Operands:
+def _shapes_of(operands: Operands) -> Operands:
     return jax.tree.map(lambda operand: jax.ShapeDtypeStruct(operand.shape, operand.dtype), operands)
 
 
@@ -154,11 +147,9 @@ class _TaskCode:
     def __call__(self, asked: tuple[bool, ...]) -> Code:
         part = self._part(asked)
         functions: dict[str, Callable[[Operands], Any]]
-        plain: Callable[[Operands], Any] = functools.partial(_with_classes, xla.run, of_classes.sums, part)
+        plain: Callable[[Operands], Any] = functools.partial(xla.run, part)
         if self.interpret and self.implementation not in (None, "xla"):
-            kernel = functools.partial(_kernel, self.implementation, interpret=True)
-            sums = functools.partial(_sums_of_classes, self.implementation, interpret=True)
-            functions = {"default": functools.partial(_with_classes, kernel, sums, part)}
+            functions = {"default": functools.partial(_kernel, self.implementation, part, interpret=True)}
         else:
             functions = _functions(part, self.shapes, self.implementation, plain)
         if asked and part.statistics and not all(asked):
@@ -197,8 +188,6 @@ class _TaskCode:
         rows, classes = self.shapes.logits.shape
         if not all((mapped.logits, mapped.labels, mapped.negatives is not False)):
             return None
-        if operands.decisions or mapped.first_class:
-            return None  # sums over the examples, and labels' places, are each example's own
         size = operands.logits.shape[0]
         loss = self.task.loss
         if mapped.scalars:
@@ -214,18 +203,18 @@ class _TaskCode:
             of_all = jnp.broadcast_to(array, (size, rows, array.shape[-1]))
             return of_all.reshape(size * rows, array.shape[-1])
 
-        if not all(jax.tree.leaves(operands.map(fits, mapped)._replace(scalars=None, first_class=None))):
+        if not all(jax.tree.leaves(operands.map(fits, mapped)._replace(scalars=None))):
             return None
         merged = operands.map(merge, mapped)
         task = dataclasses.replace(self.task, loss=loss)
-        return merged, dataclasses.replace(self, task=task, shapes=shapes_of(merged))
+        return merged, dataclasses.replace(self, task=task, shapes=_shapes_of(merged))
 
 
 def _chosen(task: Task, asked: tuple[bool, ...], function: Callable[[Operands], Result]) -> Callable[[Operands], Any]:
     """The function, with the results that are asked for alone, in a list."""
 
     def chosen(operands: Operands) -> list[Any]:
-        value, gradient, *sums = function(operands)
+        value, gradient, sums = function(operands)
         there = [*([value] if task.value else []), *([gradient] if task.gradient else []), *jax.tree.leaves(sums)]
         return [part for part, wanted in zip(there, asked, strict=True) if wanted]
 
@@ -253,53 +242,26 @@ def _functions(
     task: Task, shapes: Operands, implementation: str | None, plain: Callable[[Operands], Result]
 ) -> dict[str, Callable[[Operands], Result]]:
     """What serves a task on operands of these shapes, by platform."""
-
-    def of_kernel(name: str) -> Callable[[Operands], Result]:
-        kernel, sums = functools.partial(_kernel, name), functools.partial(_sums_of_classes, name)
-        return functools.partial(_with_classes, kernel, sums, task)
-
     if implementation not in (None, "xla"):
         if reason := refusal(implementation, shapes, task.labels, task.statistics):  # of what vmap has put together
             raise NotImplementedError(f"implementation={implementation!r} can't serve this call: {reason}")
-        kernel = of_kernel(implementation)
+        kernel = functools.partial(_kernel, implementation, task)
         return {PLATFORMS[implementation]: kernel, "default": functools.partial(_refuse, implementation)}
-    of_cpu = cpu_statistics.streamed if task.statistics else xla.run_streamed
-    streamed = functools.partial(_with_classes, of_cpu, of_classes.sums, task)
-    functions: dict[str, Callable[[Operands], Result]] = {"cpu": streamed}
+    functions: dict[str, Callable[[Operands], Result]] = {"cpu": functools.partial(xla.run_streamed, task)}
     if implementation is None:
         for name in CHOSEN:
-            if why_not_chosen(name, task, shapes) is None:
-                functions[PLATFORMS[name]] = of_kernel(name)
+            if refusal(name, shapes, task.labels, task.statistics) is None and _pays(name, task, shapes):
+                functions[PLATFORMS[name]] = functools.partial(_kernel, name, task)
     return {**functions, "default": plain}
 
 
-def _with_classes(
-    run: Callable[[Task, Operands], Result],
-    sums: Callable[[Task, Operands], ClassSums],
-    task: Task,
-    operands: Operands,
-) -> Result:
-    """`run`, and by class `sums` in a pass of their own where it doesn't give them."""
-    found = run(task, operands)
-    missing = task.statistics and operands.decisions and found.of_classes is None
-    return found._replace(of_classes=sums(task, operands.own_labels())) if missing else found
-
-
-def why_not_chosen(implementation: str, task: Task, operands: Operands) -> str | None:
-    """Why implementation=None doesn't pick this kernel on its own platform, or None where it does.
-
-    Whether it is slower than what XLA makes of the formula is known by schedule on a TPU and measured on an H100.
-    """
-    if reason := refusal(implementation, operands, task.labels, task.statistics):
-        return reason
-    if implementation not in CHOSEN:
-        return "'triton' is as fast or faster"
+def _pays(implementation: str, task: Task, operands: Operands) -> bool:
+    """Whether the kernel is no slower than what XLA makes of the formula: by schedule on a TPU, measured on an H100."""
     rows, classes = operands.logits.shape
-    pays = tpu_pays if implementation == "mosaic_tpu" else triton_pays
-    return None if pays(rows, classes, task.labels) else f"XLA's own loop is faster for {rows} x {classes}"
+    return (tpu_pays if implementation == "mosaic_tpu" else triton_pays)(rows, classes, task.labels)
 
 
-def matrices(operands: Operands) -> Operands:
+def _matrices(operands: Operands) -> Operands:
     """Every operand as (rows, classes), (rows, 1) or (1, classes); words and ids as (rows, words) and (rows, k)."""
     *leading, _ = operands.logits.shape
     rows = math.prod(leading)
@@ -317,14 +279,6 @@ def matrices(operands: Operands) -> Operands:
 def _kernel(name: str, task: Task, operands: Operands, interpret: bool = False) -> Result:
     """Runs the kernel of that name; who never lowers for its platform never waits for Pallas to be imported."""
     return importlib.import_module(f"{__name__}.{name}").run(task, operands, interpret=interpret)
-
-
-def _sums_of_classes(name: str, task: Task, operands: Operands, interpret: bool = False) -> ClassSums:
-    """What the kernel of that name leaves to a pass of its own."""
-    if name == "triton":
-        columns = importlib.import_module(f"{__name__}.triton_columns")
-        return columns.sums(task, operands, interpret=interpret)
-    return of_classes.sums(task, operands)
 
 
 def _refuse(implementation: str, operands: Operands) -> Result:

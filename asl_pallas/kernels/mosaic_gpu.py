@@ -22,8 +22,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.operands import Operands, Result, compute_dtype, index_where_it_varies
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import Operands, Result, Task, compute_dtype, index_where_it_varies
 from asl_pallas.kernels.tiling import MOSAIC_GPU_CLASSES, MosaicGpuTiling, mosaic_gpu_tiling
 from asl_pallas.kernels.versions import mosaic_gpu_kernel, mosaic_gpu_module, unify_varying_axes
 from asl_pallas.losses.ops import Ops
@@ -75,7 +74,6 @@ def arithmetic(task: Task, operands: Operands) -> Ops:
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
-    operands = operands.own_labels()
     rows, classes = operands.logits.shape
     if classes < MOSAIC_GPU_CLASSES:
         raise NotImplementedError(f"mosaic_gpu walks rows of at least {MOSAIC_GPU_CLASSES} classes, and has {classes}")
@@ -83,7 +81,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     if any(sharding.spec):
         # A mesh of one device, with Explicit axes: a shard_map has been spared, but no reference may have them.
         whole = jax.tree.map(lambda array: jax.reshard(array, NamedSharding(sharding.mesh, PartitionSpec())), operands)
-        value, gradient, *_ = run(task, whole, interpret=interpret)
+        value, gradient, _ = run(task, whole, interpret=interpret)
         by_rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
         return Result(
             None if value is None else jax.reshard(value, by_rows if value.ndim == 1 else sharding),
@@ -91,7 +89,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         )
     operands = operands.map(lambda _, array: _loadable(array, classes))
     elements = _Shape((rows, classes), compute_dtype(operands.logits.dtype))
-    gradient = _Shape((rows, classes), task.gradient_of(operands.logits))
+    gradient = _Shape((rows, classes), operands.logits.dtype)
     stored = task.results(elements=elements, gradient=gradient)
     by_engine = all(result.is_aligned for result in stored if result is not None)
     tiling = mosaic_gpu_tiling(rows, classes, operands.logits.dtype.itemsize, vectors=by_engine)
@@ -114,8 +112,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         return run(operands)
 
     # plgpu.kernel forgets which manual mesh axes its results vary over.
-    found, _ = unify_varying_axes((call(flat), operands.logits))
-    value, gradient = found.value, found.gradient
+    (value, gradient, _), _ = unify_varying_axes((call(flat), operands.logits))
     if task.value is not None:
         value = value.reshape(results.value.shape)
     if task.value == "rows":

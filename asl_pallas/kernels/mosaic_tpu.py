@@ -11,6 +11,7 @@ and tiles are (classes, rows) then, a row's partial sums stay sublane by sublane
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,30 +20,27 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from asl_pallas.bits import BITS, GROUP, pack_tile, unpack_tile
-from asl_pallas.kernels.operands import ENCODED, Operands, Result, index_where_it_varies
+from asl_pallas.bits import BITS, GROUP, PADDING, pack_tile, unpack_tile
 from asl_pallas.kernels.summation import add_exactly, total_of
 from asl_pallas.kernels.sums import packed_like, unpacked
-from asl_pallas.kernels.tile import Task
-from asl_pallas.kernels.tiling import (
-    LANES,
-    SUBLANES,
-    TPU_CONVERTED,
-    TpuTiling,
-    tpu_refines,
-    tpu_tiling,
-)
-from asl_pallas.kernels.tpu_columns import ColumnSums, merged, of_all_blocks
-from asl_pallas.kernels.tpu_labels import Laid, lay_encoded, pack_rows, quotient
-from asl_pallas.kernels.tpu_stages import Stage, arithmetic, aside_of, stages_of, tile_of
-from asl_pallas.kernels.versions import result_like
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Result, Task, index_where_it_varies
+from asl_pallas.kernels.tiling import LANES, TPU_CONVERTED, TPU_IDS, TpuTiling, tpu_ids, tpu_refines, tpu_tiling
+from asl_pallas.kernels.versions import reciprocal, result_like
 from asl_pallas.losses.ops import Ops
-
-# With more decisions a class, counts by class are left to another pass.
-_MOST_DECISIONS = 4
 
 # A group of rows and a chunk of classes of a block.
 Position = tuple[Array, Array]
+Stage = Callable[[Any, Operands, "Array | None"], Any]
+
+
+class _Laid(NamedTuple):
+    """How a block of an operand comes to a kernel, and the memory that it is rewritten to first, if it is."""
+
+    array: Array
+    spec: pl.BlockSpec
+    converted: Any = None  # of the block's own extent
+    spread: Any = None  # [rows, LANES]: a number per row, in each lane
+    words: Any = None  # [rows, LANES], made of ids
 
 
 class _Scratch(NamedTuple):
@@ -55,7 +53,6 @@ class _Scratch(NamedTuple):
     sums: Any = None  # `_RowSums` of [rows, partial], a row's partial sums of some blocks
     total: Any = None  # likewise, those of all blocks before
     lost: Any = None  # likewise, what the roundings of `total` lost
-    columns: Any = None  # `ColumnSums` of [SUBLANES, classes], sums of every eighth row of the block
 
 
 class _RowSums(NamedTuple):
@@ -66,12 +63,8 @@ class _RowSums(NamedTuple):
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
-    operands = operands.own_labels()
     rows, classes = operands.logits.shape
     tiling = tpu_tiling(task, operands)
-    if tiling.transposed or len(operands.decisions) > _MOST_DECISIONS:
-        operands = operands._replace(decisions=())
-    has_columns = bool(operands.decisions)
     grid = (pl.cdiv(rows, tiling.rows), pl.cdiv(classes, tiling.classes))
     # A vector over rows lies along the lanes: as (rows, 1) it would fill 128 lanes a row in memory.
     padded_rows = grid[0] * tiling.rows
@@ -80,20 +73,20 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     by_class = pl.BlockSpec(tiling.lying(1, tiling.classes), lambda i, j: tiling.lying(jnp.int32(0), j))
     by_row = pl.BlockSpec((1, tiling.rows), lambda i, j: (jnp.int32(0), i))
 
-    def lay(name: str, operand: Array) -> Laid:
+    def lay(name: str, operand: Array) -> _Laid:
         if name in ENCODED and task.labels != "dense":
-            return lay_encoded(task.labels, operand, tiling)
+            return _lay_encoded(task.labels, operand, tiling)
         if operand.shape == (rows, classes):
             array = operand.T if tiling.transposed else operand
             if operand.dtype.name not in TPU_CONVERTED:
-                return Laid(array, block)
+                return _Laid(array, block)
             array = array.astype(TPU_CONVERTED[operand.dtype.name])
-            return Laid(array, block, converted=pltpu.VMEM(extent, array.dtype))
+            return _Laid(array, block, converted=pltpu.VMEM(extent, array.dtype))
         if operand.shape == (rows, 1):
             vector = jnp.pad(operand.astype(jnp.float32).reshape(1, rows), ((0, 0), (0, padded_rows - rows)))
             spread = None if tiling.transposed else pltpu.VMEM((tiling.rows, LANES), jnp.float32)
-            return Laid(vector, by_row, spread=spread)
-        return Laid((operand.T if tiling.transposed else operand).astype(jnp.float32), by_class)
+            return _Laid(vector, by_row, spread=spread)
+        return _Laid((operand.T if tiling.transposed else operand).astype(jnp.float32), by_class)
 
     laid = operands.map(lay)
     if operands.scalars is not None:
@@ -101,20 +94,19 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         # An index map of its own: JAX's has 64 bits where integers have, and Mosaic compiles none such.
         size = operands.scalars.size
         whole = pl.BlockSpec((1, size), lambda i, j: (jnp.int32(0),) * 2, memory_space=pltpu.SMEM)
-        laid = laid._replace(scalars=Laid(operands.scalars[None], whole))
-    all_laid, structure = jax.tree.flatten(laid, is_leaf=lambda x: isinstance(x, Laid))
+        laid = laid._replace(scalars=_Laid(operands.scalars[None], whole))
+    all_laid, structure = jax.tree.flatten(laid, is_leaf=lambda x: isinstance(x, _Laid))
     inputs, specs, converted, spread, words = (
         jax.tree.unflatten(structure, parts) for parts in zip(*all_laid, strict=True)
     )
     is_fused = [one.converted is not None for one in all_laid]
 
     ops = arithmetic(task, operands, not interpret and tpu_refines())
-    tile = tile_of(task, tiling, operands)
+    tile = _tile_of(task, tiling, operands)
     cut = min(tiling.cut, task.cuts(tile, ops))
-    most = max(pl.cdiv(classes, tiling.partial), tiling.rows if has_columns else 0)
-    packed = task.packs_counts(operands, most)
-    stages = stages_of(task, tiling, cut, ops, packed)
-    scratch = _Scratch(converted, spread, words, aside_of(stages, tile))
+    packed = task.packs_counts(operands, pl.cdiv(classes, tiling.partial))
+    stages = _stages(task, tiling, cut, ops, packed)
+    scratch = _Scratch(converted, spread, words, _aside(stages, tile))
     row_sums = _RowSums(1, task.sums_like(operands, 1))
     result_like_logits = functools.partial(result_like, operands.logits)
     results = task.results(
@@ -123,17 +115,6 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         gradient=result_like_logits(shape, operands.logits.dtype),
         statistics=jax.tree.map(lambda _: result_like_logits((1, padded_rows), jnp.float32), row_sums.statistics),
     )
-    columns = None
-    if has_columns:
-        counts = row_sums.statistics.counts
-        columns = ColumnSums(1, counts, tuple((1, 1) for _ in operands.decisions))
-        if packed:
-            columns = ColumnSums(1, counts._replace(dropped=None), (1,) * len(operands.decisions))
-        kinds = len(jax.tree.leaves(columns))
-        height = pl.cdiv(kinds, SUBLANES) * SUBLANES
-        results = results._replace(of_classes=result_like_logits((grid[0], height, classes), jnp.float32))
-        of_columns = pltpu.VMEM((SUBLANES, tiling.classes), jnp.float32)
-        scratch = scratch._replace(columns=jax.tree.map(lambda _: of_columns, columns))
     if task.value == "rows":
         kept = row_sums
         if packed:
@@ -144,10 +125,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
             scratch = scratch._replace(total=partial, lost=partial)
 
     moved = jax.tree.leaves((inputs, results))
-    by_column = None
-    if has_columns:
-        by_column = pl.BlockSpec((None, height, tiling.classes), lambda i, j: (i, jnp.int32(0), j))
-    ((value, gradient, sums, of_blocks),) = pl.pallas_call(
+    ((value, gradient, sums),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, ops, (rows, classes), stages, packed),
         grid=grid,
         in_specs=[specs],
@@ -157,7 +135,7 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
                 elements=block,
                 gradient=block,
                 statistics=jax.tree.map(lambda _: by_row, row_sums.statistics),
-            )._replace(of_classes=by_column)
+            )
         ],
         out_shape=[results],
         scratch_shapes=[scratch],
@@ -179,14 +157,113 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
         value, sums = jax.tree.map(lambda by_row: by_row[0, :rows], (value, sums))
     elif task.value is not None and tiling.transposed:
         value = value.T
-    of_classes = None
-    if columns is not None:
-        of_kinds = [of_blocks[:, kind] for kind in range(kinds)]
-        of_classes = of_all_blocks(task, ops, jax.tree.unflatten(jax.tree.structure(columns), of_kinds), packed, rows)
-    if task.gradient:
-        # For XLA to fuse into what reads it. A kernel that rounds takes 1 % more cycles, and so do products after it.
-        gradient = (gradient.T if tiling.transposed else gradient).astype(task.gradient_of(operands.logits))
-    return Result(value, gradient, sums, of_classes)
+    return Result(value, gradient.T if task.gradient and tiling.transposed else gradient, sums)
+
+
+def _lay_encoded(form: Form, labels: Array, tiling: TpuTiling) -> _Laid:
+    """Words of the block's group of classes, or all ids of its rows."""
+    if form == "packed":
+        spec = pl.BlockSpec((tiling.rows, LANES), lambda i, j: (i, _quotient(j, tiling.blocks_of_words)))
+        return _Laid(labels, spec)
+    # Rows along the lanes: as (rows, k) they would fill 128 lanes a row, and of no use in a register.
+    fill = tpu_ids(labels.shape[1]) - labels.shape[1]
+    ids = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=PADDING).T
+    spec = pl.BlockSpec((ids.shape[0], tiling.rows), lambda i, j: (jnp.int32(0), i))
+    return _Laid(ids, spec, words=pltpu.VMEM((tiling.rows, LANES), jnp.int32))
+
+
+def arithmetic(task: Task, operands: Operands, refines: bool) -> Ops:
+    """The vector unit's max and min keep a NaN. Its reciprocal need not, and the numerator beside it does."""
+    return Ops(
+        reciprocal=_refined_reciprocal if refines else reciprocal,
+        maximum=jnp.maximum,
+        minimum=jnp.minimum,
+        signed_per_element=task.needs_elements(operands),
+        infer_label_from_slope=True,
+        differentiable=False,
+    )
+
+
+def _refined_reciprocal(x: Array) -> Array:
+    """The chip's estimate and a Newton step. One operation less than the compiler's own, which adds a correction."""
+    estimate = reciprocal(x, approx=True)
+    return estimate * (2.0 - x * estimate)
+
+
+def _stages(task: Task, tiling: TpuTiling, cut: int, ops: Ops, packed: bool) -> list[Stage]:
+    """Up to one of the loss's cuts and from there on, or in one for a cut of 0.
+
+    Statistics are counted in the first stage, which has the labels, and are handed on as partial sums: it also takes a
+    tile that never gets to its end.
+    """
+
+    def count(tile: Operands, valid: Array | None) -> Any:
+        if not task.statistics:
+            return None
+        return jax.tree.map(tiling.partial_sums, task.count(tile, valid, ops, packed))
+
+    def counted(result: Result, counts: Any) -> Result:
+        return result._replace(sums=result.sums._replace(counts=counts)) if task.statistics else result
+
+    if cut == 0:
+        return [lambda carry, tile, valid: counted(task.evaluate(tile, valid, ops), count(tile, valid))]
+    return [
+        lambda carry, tile, valid: (task.until_cut(cut, tile, valid, ops), count(tile, valid)),
+        lambda carry, tile, valid: counted(task.from_cut(cut, carry[0], tile, valid, ops), carry[1]),
+    ]
+
+
+def _tile_of(task: Task, tiling: TpuTiling, operands: Operands) -> Operands:
+    """Shapes and dtypes of a tile, as far as a loss sees them."""
+
+    def of(n: int, m: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(tiling.lying(n, m), dtype)
+
+    labels = operands.labels.dtype if task.labels == "dense" else jnp.dtype("bool")
+    scalars = None
+    if operands.scalars is not None:
+        scalars = (jax.ShapeDtypeStruct((), operands.scalars.dtype),) * operands.scalars.size
+    return Operands(
+        logits=of(tiling.group, tiling.chunk, operands.logits.dtype),
+        labels=of(tiling.group, tiling.chunk, labels),
+        where=None if operands.where is None else of(tiling.group, tiling.chunk, jnp.bool_),
+        negatives=None if operands.negatives is None else of(tiling.group, tiling.chunk, labels),
+        vectors=tuple(of(1, tiling.chunk, jnp.float32) for _ in operands.vectors),
+        scalars=scalars,
+    )
+
+
+def _aside(stages: list[Stage], tile: Operands) -> list[Any]:
+    """Memory for what the stages hand on, but for the last."""
+
+    def hand_on(tile: Operands) -> list[Any]:
+        carry, handed = None, []
+        for stage in stages[:-1]:
+            carry = stage(carry, tile, None)
+            handed.append(carry)
+        return handed
+
+    return jax.tree.map(lambda a: pltpu.VMEM(a.shape, a.dtype), jax.eval_shape(hand_on, tile))
+
+
+def _quotient(n: Array, k: int) -> Array:
+    """n // k for n >= 0. The operator asks for a sign, whose lowering asks which chip this process has."""
+    return lax.div(n, jnp.int32(k))
+
+
+def _pack(ids, words, tiles: Array, pack: Callable[[Array, Array], Array]) -> None:
+    """The words of the block's rows, which are made of their ids 128 rows at a time."""
+
+    def rows(r, _):
+        at = pl.ds(pl.multiple_of(r * LANES, LANES), LANES)
+
+        def some(t, packed):
+            return pack(packed, ids[pl.ds(pl.multiple_of(t * TPU_IDS, TPU_IDS), TPU_IDS), at])
+
+        turns, none = jnp.int32(ids.shape[0] // TPU_IDS), jnp.zeros((LANES, LANES), jnp.int32)
+        words[at, :] = lax.fori_loop(jnp.int32(0), turns, some, none).T
+
+    lax.fori_loop(jnp.int32(0), tiles, rows, None)
 
 
 def _kernel(
@@ -204,7 +281,7 @@ def _kernel(
     rows, classes = shape
     group, chunk = tiling.group, tiling.chunk
     i, j = pl.program_id(0), pl.program_id(1)
-    groups = quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
+    groups = _quotient(jnp.minimum(tiling.rows, rows - i * tiling.rows) + (group - 1), group)
     if inputs.scalars is not None:
         scalars = inputs.scalars
         inputs = inputs._replace(scalars=tuple(scalars[0, n] for n in range(scalars.shape[1])))
@@ -216,7 +293,7 @@ def _kernel(
 
         def make_words(_: str, ids: Any, words: Any) -> None:
             if words is not None:
-                pack_rows(ids, words, quotient(groups * group + (LANES - 1), LANES), of_block)
+                _pack(ids, words, _quotient(groups * group + (LANES - 1), LANES), of_block)
 
         all_ids = inputs
 
@@ -234,8 +311,6 @@ def _kernel(
         return converted
 
     inputs = inputs.map(convert, scratch.converted)
-    for ref in jax.tree.leaves(scratch.columns):
-        ref[...] = jnp.zeros_like(ref)
 
     def spread(_: str, ref: Any, spread: Any) -> None:
         """Lanes to rows: every lane of a row gets the row's number."""
@@ -286,21 +361,6 @@ def _kernel(
                 ref[of_rows] = ref[of_rows] + partial
 
             jax.tree.map(add, scratch.sums, _RowSums(result.value, result.sums))
-        if scratch.columns is not None:
-            of_chunk = slice(None), classes_of(c)
-
-            def add_below(ref: Any, sums: Array) -> None:
-                ref[of_chunk] = ref[of_chunk] + sums
-
-            jax.tree.map(add_below, scratch.columns, result.of_classes)
-
-    def inside(at: Position, valid: Array | None) -> Array | None:
-        """What a tile has of the array. Rows below its edge are nobody's, but for sums over the rows."""
-        if scratch.columns is None or rows % group == 0:
-            return valid
-        of_row = lax.broadcasted_iota(jnp.int32, (group, chunk), 0)
-        above = of_row < rows - (i * tiling.rows + at[0] * group)
-        return above if valid is None else jnp.logical_and(valid, above)
 
     def walk(first: Array, last: Array, valid: Array | None) -> None:
         """All groups of the block, and of each the chunks from the first to before the last."""
@@ -314,10 +374,7 @@ def _kernel(
         def advance(tiles: list[Position]) -> None:
             """Takes each tile, the youngest first, through the next of its stages."""
             carries = [None, *jax.tree.map(lambda ref: ref[...], scratch.aside)]
-            found = [
-                stage(carry, tile_at(at), inside(at, valid))
-                for stage, carry, at in zip(stages, carries, tiles, strict=False)
-            ]
+            found = [stage(carry, tile_at(at), valid) for stage, carry, at in zip(stages, carries, tiles, strict=False)]
             if len(tiles) == len(stages):
                 store(tiles[-1], found.pop())
             for refs, arrays in zip(scratch.aside, found, strict=False):
@@ -340,7 +397,7 @@ def _kernel(
             advance(tiles[-busy:])
         lax.fori_loop(jnp.int32(0), groups * (last - first), turn, start)
 
-    whole = quotient(jnp.minimum(tiling.classes, classes - j * tiling.classes), chunk)
+    whole = _quotient(jnp.minimum(tiling.classes, classes - j * tiling.classes), chunk)
 
     @pl.when(whole > 0)
     def _whole():
@@ -353,13 +410,6 @@ def _kernel(
         def _edge():
             of_class = lax.broadcasted_iota(jnp.int32, tiling.lying(group, chunk), tiling.classes_axis)
             walk(whole, whole + 1, of_class < classes % chunk)
-
-    if scratch.columns is not None:
-        columns = jax.tree.leaves(scratch.columns)
-        for first in range(0, len(columns), SUBLANES):
-            for start in range(0, tiling.classes, LANES):  # a register of each at a time
-                some = [ref[:, start : start + LANES] for ref in columns[first : first + SUBLANES]]
-                outputs.of_classes[first : first + SUBLANES, start : start + LANES] = merged(some)
 
     if scratch.total is not None:
         blocks = tiling.blocks_of_a_sum(classes)

@@ -171,16 +171,6 @@ for _platform in PLATFORMS:
 mlir.register_lowering(_by_platform_p, _lowering("default"))
 
 
-def likely_platform() -> str:
-    """The one that what is traced will be lowered for, as far as JAX knows: "tpu", "gpu" or "cpu".
-
-    It is the platform of the mesh in jax.set_mesh or jax.sharding.use_abstract_mesh, or else this process's. Speed may
-    depend on it, and no result.
-    """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
-
-
 def tpu_generation() -> int | None:
     """Of the TPU that is compiled for, as far as JAX knows while it traces, else None.
 

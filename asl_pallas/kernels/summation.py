@@ -19,37 +19,23 @@ from asl_pallas.kernels.platforms import Code, by_platform
 
 # Numbers that are added one after the other.
 GROUP_OF_A_SUM = 32
-# Multiples of a vector's elements.
-_GROUPS = (GROUP_OF_A_SUM, 24, 16, 8)
 # Rows that are added so, where each is an array.
 _ROWS = 64
 
 
 def sum_last(x: Array) -> Array:
-    """Sum over the last dimension: of groups of at most `GROUP_OF_A_SUM` numbers, of groups of these sums, and so on.
+    """Sum over the last dimension: of groups of `GROUP_OF_A_SUM` numbers, of groups of these sums, and so on.
 
     All are matrix products, which XLA's CPU backend neither fuses with what makes x nor merges, into one or with a mean
     that the caller takes of them.
     """
     *leading, n = x.shape
     while n > GROUP_OF_A_SUM:
-        group = _group_of(n)
-        groups, rest = divmod(n, group)
-        whole = x[..., : n - rest] if rest else x
-        sums = _dot_with_ones(whole.reshape(*leading, groups, group))
-        if rest:
-            sums = jnp.concatenate([sums, _dot_with_ones(x[..., n - rest :])[..., None]], -1)
-        x, n = sums, sums.shape[-1]
+        groups = math.ceil(n / GROUP_OF_A_SUM)
+        padded = jnp.pad(x, [(0, 0)] * len(leading) + [(0, groups * GROUP_OF_A_SUM - n)])
+        x = _dot_with_ones(padded.reshape(*leading, groups, GROUP_OF_A_SUM))
+        n = groups
     return _dot_with_ones(x)
-
-
-def _group_of(n: int) -> int:
-    """How many of n numbers to add at a time: one of `_GROUPS` that divides n, else the first, and the rest on its own.
-
-    What is filled up to whole groups instead, XLA computes number by number: the losses of 100,000 x 80 float32 logits
-    took 53 ms of two cores so, and take 6; those of 30,000 x 300 58 and 9.
-    """
-    return next((group for group in _GROUPS if n % group == 0), GROUP_OF_A_SUM)
 
 
 def _dot_with_ones(x: Array) -> Array:

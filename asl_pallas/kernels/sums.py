@@ -49,27 +49,6 @@ class Sums(NamedTuple):
     slopes_of_positives: Any
 
 
-class ClassSums(NamedTuple):
-    """Sums over the examples, of each class.
-
-    Attributes:
-      annotated, positives: as in `Counts`.
-      probability: p, by the sigmoid.
-      probability_of_positives: that of the positives.
-      losses: with their weights.
-      predicted: for each decision, how many logits are at or above it.
-      true: how many of these are positives.
-    """
-
-    annotated: Any
-    positives: Any
-    probability: Any
-    probability_of_positives: Any
-    losses: Any
-    predicted: tuple[Any, ...]
-    true: tuple[Any, ...]
-
-
 def packed_like(sums: Sums) -> Sums:
     """Without a place for what is packed into another."""
     return sums._replace(counts=sums.counts._replace(dropped=None))
@@ -77,15 +56,6 @@ def packed_like(sums: Sums) -> Sums:
 
 def unpacked(sums: Sums) -> Sums:
     """Of sums whose positives are packed."""
-    return sums._replace(counts=unpacked_counts(sums.counts))
-
-
-def unpacked_counts(counts: Counts) -> Counts:
-    positives, dropped = unpack_two(counts.positives)
-    return counts._replace(positives=positives, dropped=dropped)
-
-
-def unpack_two(packed: Any) -> tuple[Any, Any]:
-    """The count, and the one that is in it `PACKED` times."""
-    above = jnp.floor(packed * (1 / PACKED))
-    return packed - above * PACKED, above
+    counts = sums.counts
+    dropped = jnp.floor(counts.positives * (1 / PACKED))
+    return sums._replace(counts=counts._replace(positives=counts.positives - dropped * PACKED, dropped=dropped))

@@ -1,6 +1,7 @@
 """What a kernel does with a tile, whatever moved it there: labels, masks and weights around the loss.
 
-Every kernel loads tiles and hands them to `Task.evaluate`; none decodes a label or applies a mask itself.
+Every kernel loads tiles of its operands and hands them to `Task.evaluate`; no kernel decodes a label or applies a mask
+itself.
 """
 
 from __future__ import annotations
@@ -9,18 +10,88 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from asl_pallas.kernels.operands import ENCODED, Form, Operands, Result, compute_dtype
-from asl_pallas.kernels.sums import PACKED, ClassSums, Counts, Sums
+from asl_pallas.bits import pack_ids, unpack
+from asl_pallas.kernels.sums import PACKED, Counts, Sums
 from asl_pallas.losses.base import ElementwiseLoss
 from asl_pallas.losses.ops import EXACT, Label, Ops
 from asl_pallas.losses.pieces import bounded_exp, unless_infinite
+
+# How the labels of a call are written: an element each, the words of PackedLabels or the ids of SparseLabels.
+Form = Literal["dense", "packed", "sparse"]
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, in two dimensions; None where the call has none.
+
+    logits: (rows, classes).
+    labels: (rows, classes), or in the task's other forms (rows, words) or (rows, k).
+    negatives: with labels in another form that have a third state, the annotated negatives in the same form.
+    where, weights, pos_weight: (rows, classes), (1, classes) or (rows, 1).
+    cotangent: (rows, 1), or (rows, classes) for losses per element; the gradient is multiplied by it before it is
+    rounded to the logits' dtype.
+    vectors: (1, classes) each, or as `where`: the hyper-parameters that are arrays, in the loss's order.
+    scalars: (n,), the hyper-parameters that are traced scalars, in the loss's order.
+
+    A kernel has the same with a reference for each array, and hands a tile of each to `Task.evaluate`.
+    """
+
+    logits: Any
+    labels: Any
+    where: Any = None
+    weights: Any = None
+    pos_weight: Any = None
+    cotangent: Any = None
+    negatives: Any = None
+    vectors: tuple[Any, ...] = ()
+    scalars: Any = None
+
+    def map(self, function: Callable[..., Any], *others: Operands) -> Operands:
+        """function(name, array, *the others' own) in the place of each array that a tile has a part of.
+
+        The scalars stay as they are. Entries of `vectors` share that name.
+        """
+
+        def of(name: str, value: Any, *parts: Any) -> Any:
+            return None if value is None else function(name, value, *parts)
+
+        mapped = {name: of(name, getattr(self, name), *(getattr(o, name) for o in others)) for name in _BY_TILE}
+        vectors = zip(self.vectors, *(other.vectors for other in others), strict=True)
+        return Operands(**mapped, vectors=tuple(of("vectors", *parts) for parts in vectors), scalars=self.scalars)
+
+    def arrays(self) -> list[tuple[str, Any]]:
+        """Each with its name: what a tile has a part of."""
+        found: list[tuple[str, Any]] = []
+        self.map(lambda name, array: found.append((name, array)))
+        return found
+
+
+def index_where_it_varies(shape: tuple[int, ...], here: tuple[Any, ...], constant: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An index into an operand of that shape: `here` of each dimension, and `constant` of those with one element."""
+    return tuple(h if n > 1 else c for n, h, c in zip(shape, here, constant, strict=True))
+
+
+_BY_TILE = ("logits", "labels", "where", "weights", "pos_weight", "cotangent", "negatives")
+# Operands that are words or ids where the task's labels aren't dense.
+ENCODED = ("labels", "negatives")
+
+
+class Result(NamedTuple):
+    """value: (rows,) sums over the classes, or (rows, classes); gradient: (rows, classes), in the logits' dtype;
+    sums: `Sums` of (rows,).
+
+    Arrays, or None where the task asks for none. Of a tile all are numbers per element, and counts are left out.
+    """
+
+    value: Any
+    gradient: Any
+    sums: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +106,6 @@ class Task:
     donate_logits: bool = False  # the gradient may be written over them
     labels: Form = "dense"
     statistics: bool = False
-    gradient_dtype: str | None = None  # None for the logits'
-
-    def gradient_of(self, logits: Any) -> jnp.dtype:
-        """The dtype of the logits' gradient."""
-        return jnp.dtype(logits.dtype if self.gradient_dtype is None else self.gradient_dtype)
 
     def results(
         self, *, sums: Any = None, elements: Any = None, gradient: Any = None, statistics: Any = None
@@ -64,13 +130,6 @@ class Task:
         if scalars is not None:
             tile = tile._replace(scalars=(jax.ShapeDtypeStruct((), scalars.dtype),) * scalars.size)
         return jax.tree.map(lambda _: one, jax.eval_shape(both, tile))
-
-    def class_sums_like(self, operands: Operands, one: Any) -> Any:
-        """`ClassSums` with `one` in each place, None where the task asks for none."""
-        if not (self.statistics and operands.decisions):
-            return None
-        by_decision = (one,) * len(operands.decisions)
-        return ClassSums(one, one, one, one, one, predicted=by_decision, true=by_decision)
 
     @property
     def kernel_name(self) -> str:
@@ -99,7 +158,7 @@ class Task:
             of_positives, of_negatives = (self._weighted(side, tile, keep) for side in sides)
             slopes_of_positives = jnp.abs(of_positives.gradient)
             slopes = slopes_of_positives + jnp.abs(of_negatives.gradient)
-            return self._with_sums(*ops.aside((result, Sums(None, of_positives.value, slopes, slopes_of_positives))))
+            return self._with_sums(result, Sums(None, of_positives.value, slopes, slopes_of_positives))
         label = self._label_of(labels, tile.negatives)._replace(dtype=x.dtype)
         result = self._of_loss(loss, x, label, ops)
         tile = _without_left_out(tile, keep, ops)
@@ -110,7 +169,6 @@ class Task:
         result = self._weighted(result, tile, keep)
         if not self.statistics:
             return result
-        result = ops.aside(result)
         # Once a label is loaded again it is unpacked again.
         infers = ops.infer_label_from_slope and loss.slope_tells_label
         positive = slope < 0.0 if infers else label.positive
@@ -141,7 +199,7 @@ class Task:
             y = _between_0_and_1(labels).astype(x.dtype)
             e = bounded_exp(x, ops)
             right = ops.reciprocal(1.0 + e)
-            p, right = ops.aside((e * right, right))
+            p = e * right
             counts = Counts(
                 annotated=one,
                 positives=y,
@@ -152,7 +210,7 @@ class Task:
         else:
             label = self._label_of(labels, tile.negatives)
             e = bounded_exp(ops.negate(jnp.asarray(label.positive), x), ops)
-            wrong = ops.aside(e * ops.reciprocal(1.0 + e))
+            wrong = e * ops.reciprocal(1.0 + e)
             dropped: Any = None
             if margin is not None:
                 dropped = jnp.where(wrong <= margin, float(PACKED) if packed else one, zero)
@@ -169,27 +227,6 @@ class Task:
         if not self._leaves_out(tile):
             counts = counts._replace(annotated=None)
         return counts if keep is None else jax.tree.map(lambda part: jnp.where(keep, part, zero), counts)
-
-    def predict(
-        self, tile: Operands, counts: Counts, valid: Array | None = None, packed: bool = False
-    ) -> tuple[Any, ...]:
-        """Each element's part of what is `predicted` and `true` of `ClassSums`, a pair for each decision.
-
-        With counts that are `PACKED` one number for both: predicted, and that many times what is true.
-        """
-        x, _, keep = self._read(tile, valid)
-        one, zero = jnp.ones_like(x), jnp.zeros_like(x)
-        kept = keep if counts.annotated is None else counts.annotated != 0.0
-        annotated = one if kept is None else jnp.where(kept, one, zero)
-
-        def of_decision(decision: Array) -> Any:
-            above = x >= decision.astype(x.dtype)
-            if packed:
-                both = jnp.where(counts.positives == 1.0, 1.0 + PACKED, one)
-                return jnp.where(above if kept is None else jnp.logical_and(above, kept), both, zero)
-            return tuple(jnp.where(above, part, zero) for part in (annotated, counts.positives))
-
-        return tuple(map(of_decision, tile.decisions))
 
     def _bound(self, tile: Operands) -> ElementwiseLoss:
         """The loss with the tile's hyper-parameters."""
@@ -333,7 +370,7 @@ class Task:
         return jnp.where(keep, x, jnp.zeros_like(x)), labels, keep
 
     def _weighted(self, result: Result, tile: Operands, keep: Array | None) -> Result:
-        value, gradient = result.value, result.gradient
+        value, gradient, _ = result
         if tile.weights is not None:
             weights = tile.weights.astype(compute_dtype(tile.logits.dtype))
             value = None if value is None else value * weights
@@ -358,6 +395,11 @@ class _Stopped(Exception):
     def __init__(self, values: tuple[Any, ...]):
         super().__init__()
         self.values = values
+
+
+def compute_dtype(logits_dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or float64 for float64 logits."""
+    return jnp.dtype(jnp.float64 if logits_dtype == jnp.float64 else jnp.float32)
 
 
 def _without_left_out(tile: Operands, keep: Array | None, ops: Ops) -> Operands:
@@ -398,3 +440,10 @@ def _comparable(x: Array) -> Array:
     """Integers of less than 32 bits widened: Mosaic compares no others on every chip."""
     narrow = jnp.issubdtype(x.dtype, jnp.integer) and jnp.iinfo(x.dtype).bits < 32
     return x.astype(jnp.int32) if narrow else x
+
+
+def positives(form: Form, labels: Array, classes: int) -> Array:
+    """The labels of whole rows as an operand of `Task.evaluate`, in any number of dimensions, for XLA to fuse."""
+    if form == "dense":
+        return labels
+    return unpack(labels if form == "packed" else pack_ids(labels, classes), classes)

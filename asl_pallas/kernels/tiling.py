@@ -16,9 +16,8 @@ import math
 from typing import Any
 
 from asl_pallas.bits import GROUP
-from asl_pallas.kernels.operands import ENCODED, Form, Operands, compute_dtype
 from asl_pallas.kernels.platforms import tpu_generation
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import ENCODED, Form, Operands, Task, compute_dtype
 
 LANES = 128
 SUBLANES = 8
@@ -86,10 +85,6 @@ _TRITON_WIDE_TILE = 2048, 8, 2112
 _TRITON_FURTHER_CHUNK = {2: 0.06, 4: 0.27}
 # 16 are for rows that have little more. 2^18 x 33 bf16 in chunks of 16, 32 and 64: 27, 38, 43.
 _TRITON_LEAST_CHUNK, _TRITON_LEAST_OF_FEW, _TRITON_FEW = 32, 16, 48
-# For sums over the rows, rows and classes of a tile, warps, and programs to share the rows out among: 16 bytes of
-# bfloat16 a thread, and eight programs for each of an H100's multiprocessors.
-_TRITON_COLUMN_TILE = 8, 128, 4
-_TRITON_COLUMN_PROGRAMS = 1056
 # Losses that a GPU's lane adds up one after the other, before its sum is one of a span's: it bounds the rounding error.
 _LONGEST_SUM = 64
 _WARPGROUP = 128
@@ -104,14 +99,11 @@ _MOSAIC_GPU_PROGRAMS = 1056
 _MOSAIC_GPU_STEPS = 16
 _MOSAIC_GPU_STAGES = 3
 
-# Classes of a linear head at a time, and the most bytes of float32 logits. On a v5e 32 MiB of logits and as much for
-# their gradient stay in 128 MiB of VMEM, beside 24 MiB of features and their gradient; 512 classes at a time took as
-# many bundles. On a CPU 256 rows by 512 to 4096 classes are equally fast. On a GPU nothing stays, and products are the
-# faster the larger they are: by a model of an H100 the three of 2048 classes take 83 microseconds, and those of 4096
-# take 146.
-_HEAD_CLASSES = {"gpu": 4096}
-_HEAD_BYTES = {"gpu": 64 * 2**20}
-_HEAD_ELSEWHERE = 2048, 32 * 2**20
+# One size for all: 32 MiB of logits and as much for their gradient stay in a v5e's 128 MiB of VMEM, beside 24 MiB of
+# features and their gradient; 512 classes at a time took as many bundles. On a CPU 256 rows by 512 to 4096 classes are
+# equally fast.
+_HEAD_BYTES = 32 * 2**20
+_HEAD_CLASSES = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,15 +304,6 @@ def triton_tiling(rows: int, classes: int, logits_bytes: int, plain: bool) -> Tr
     return TritonTiling(block_rows, span, chunk, warps, stages=2)
 
 
-def triton_column_tiling(rows: int, classes: int) -> tuple[TritonTiling, int]:
-    """For sums over the rows: a program's tile, and into how many groups the rows are cut."""
-    block_rows, chunk, warps = _TRITON_COLUMN_TILE
-    chunks = math.ceil(classes / chunk)
-    tiles = math.ceil(rows / block_rows)
-    groups = min(tiles, max(math.ceil(_TRITON_COLUMN_PROGRAMS / chunks), math.ceil(tiles / _LONGEST_SUM)))
-    return TritonTiling(block_rows, chunk, chunk, warps, stages=2), groups
-
-
 @dataclasses.dataclass(frozen=True)
 class MosaicGpuTiling:
     """Programs, a warpgroup each, that share out the rows' spans of classes; a span is walked in `steps` chunks."""
@@ -368,10 +351,10 @@ def cpu_tiling(rows: int, classes: int) -> CpuTiling | None:
     return CpuTiling(min(rows, _CPU_SUMS * pieces // block_classes), block_classes, pieces)
 
 
-def head_chunk(rows: int, classes: int, platform: str) -> int:
-    """Classes of a linear head at a time on "tpu", "gpu" or "cpu"."""
-    chunk, most = _HEAD_CLASSES.get(platform, _HEAD_ELSEWHERE[0]), _HEAD_BYTES.get(platform, _HEAD_ELSEWHERE[1])
-    while isinstance(rows, int) and chunk > LANES and 4 * rows * chunk > most:
+def head_chunk(rows: int, classes: int) -> int:
+    """Classes of a linear head at a time: logits and gradient in float32 are what has to fit."""
+    chunk = _HEAD_CLASSES
+    while isinstance(rows, int) and chunk > LANES and 4 * rows * chunk > _HEAD_BYTES:
         chunk //= 2
     return min(chunk, max(1, classes))
 

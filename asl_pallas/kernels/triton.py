@@ -25,9 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from asl_pallas.bits import PADDING, byte_tile, unpack_bytes, word_and_bit
-from asl_pallas.kernels.operands import ALIGNED_CLASSES, ENCODED, Operands, Result, compute_dtype
 from asl_pallas.kernels.sums import packed_like, unpacked
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype
 from asl_pallas.kernels.tiling import TritonTiling, triton_tiling
 from asl_pallas.kernels.versions import result_like
 from asl_pallas.losses.ops import EXACT, Ops
@@ -49,7 +48,7 @@ def _instruction(name: str, *numbers: Any) -> Array:
 # What Triton makes of jnp.exp, jnp.log, quotients and selects is some 50 instructions an element, and these are 11. By
 # NVIDIA's PTX manual they err by at most 2^-22, the reciprocal by a unit in the last place; tests/test_formula.py lets
 # them err so and finds loss and gradient within the bound.
-GPU = Ops(
+_GPU = Ops(
     exp=lambda x: _instruction("ex2.approx.ftz.f32", x * (1 / math.log(2))),
     log=lambda x: _instruction("lg2.approx.ftz.f32", x) * math.log(2),
     reciprocal=lambda x: _instruction("rcp.approx.ftz.f32", x),
@@ -70,21 +69,24 @@ _MOST_ELEMENTS_FLAT = 2**31 - 2**16
 
 
 def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
-    operands = operands._replace(decisions=())
     rows, classes = operands.logits.shape
     plain = task.labels == "dense" and not task.is_soft(operands.labels.dtype)
     tile = functools.partial(triton_tiling, logits_bytes=operands.logits.dtype.itemsize, plain=plain)
     flat = _is_flat(rows, classes, tile)
-    if flat:
-        operands = operands.own_labels()
     tiling = tile(rows, _width(classes, flat))
     spans = pl.cdiv(_width(classes, flat), tiling.span)
     dtype = compute_dtype(operands.logits.dtype)
-    ops = dataclasses.replace(EXACT if interpret else GPU, signed_per_element=task.needs_elements(operands))
+    ops = dataclasses.replace(EXACT if interpret else _GPU, signed_per_element=task.needs_elements(operands))
     whole = _stores_whole_vectors(task, operands)
     packed = task.packs_counts(operands, tiling.span // tiling.chunk)
 
-    operands = with_an_id(task, operands)
+    if task.labels == "sparse":
+
+        def at_least_one(name: str, array: Array) -> Array:
+            is_empty = name in ENCODED and array.shape[1] == 0
+            return jnp.full((rows, 1), PADDING, jnp.int32) if is_empty else array
+
+        operands = operands.map(at_least_one)
 
     def flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (rows * classes,) if flat and shape == (rows, classes) else shape
@@ -98,10 +100,10 @@ def run(task: Task, operands: Operands, *, interpret: bool = False) -> Result:
     results = task.results(
         sums=of_spans,
         elements=result_like(operands.logits, of_elements, dtype),
-        gradient=result_like(operands.logits, of_elements, task.gradient_of(operands.logits)),
+        gradient=result_like(operands.logits, of_elements, operands.logits.dtype),
         statistics=task.sums_like(operands, of_spans),
     )
-    ((value, gradient, sums, _),) = pl.pallas_call(
+    ((value, gradient, sums),) = pl.pallas_call(
         functools.partial(_kernel, task, tiling, (rows, classes), flat, whole, packed, ops),
         grid=(pl.cdiv(rows, tiling.rows), spans),
         out_shape=[results],
@@ -179,15 +181,15 @@ def _kernel(
         scalars = inputs.scalars
         inputs = inputs._replace(scalars=tuple(scalars[n] for n in range(scalars.shape[0])))
 
-    first_class = None if inputs.first_class is None else inputs.first_class[0]
-
-    decoders = decoders_of(task, inputs, tiling, i * tiling.rows, row_exists, before)
+    decoders: dict[str, Callable[..., Array]] = {}
+    if task.labels != "dense":
+        form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
+        for name in ENCODED:
+            if (ref := getattr(inputs, name)) is not None:
+                decoders[name] = form(ref, tiling, i * tiling.rows, row_exists, before)
 
     def chunk(c, partial, edge: bool):
         at_classes = pl.ds(c * tiling.chunk, tiling.chunk)
-        at_labels = at_classes
-        if inputs.first_class is not None:
-            at_labels = pl.ds(pl.multiple_of(first_class + c * tiling.chunk, ALIGNED_CLASSES), tiling.chunk)
         class_exists: Any = None
         vector_exists: Any = None
         column = lax.broadcasted_iota(jnp.int32, (1, tiling.chunk), 1) + c * tiling.chunk
@@ -201,10 +203,10 @@ def _kernel(
             # The same for all of a vector, of which one element at least is the row's.
             vector_exists = lax.div(here, jnp.int32(_VECTOR)) <= lax.div(row_start + (classes - 1), jnp.int32(_VECTOR))
 
-        def place(ref, stored, at_classes=at_classes):
+        def place(ref, stored):
             """Index and mask of the tile in an operand that may be constant along either dimension."""
             if len(ref.shape) == 1:
-                mask = all_of(class_exists if stored and not whole else vector_exists, row_exists)
+                mask = _all(class_exists if stored and not whole else vector_exists, row_exists)
                 # The interpreter writes back what is masked, which is the next row's where a tile has several.
                 aside = stored and mask is not None and tiling.rows > 1
                 return (jnp.where(mask, here, rows * classes) if aside else here,), mask
@@ -213,13 +215,13 @@ def _kernel(
                 return (jnp.zeros_like(column), jnp.clip(column, 0, classes - 1)), None
             index = (at_rows if by_row else pl.ds(0, 1), at_classes if by_class else pl.ds(0, 1))
             tile = (tiling.rows if by_row else 1, tiling.chunk if by_class else 1)
-            mask = all_of(row_exists if by_row else None, class_exists if by_class else None)
+            mask = _all(row_exists if by_row else None, class_exists if by_class else None)
             return index, None if mask is None else jnp.broadcast_to(mask, tile)
 
         def load(name, ref):
             if name in decoders:
                 return decoders[name](c, jnp.clip(column, 0, classes - 1) if edge and flat else column)
-            index, mask = place(ref, False, at_labels if name == "labels" else at_classes)
+            index, mask = place(ref, stored=False)
             other = None if mask is None else jnp.zeros((), ref.dtype)
             return plgpu.load(ref.at[index], mask=mask, other=other)
 
@@ -271,30 +273,7 @@ def _kernel(
         plgpu.store(ref.at[at_rows, pl.ds(j, 1)], jnp.sum(sums, axis=1, keepdims=True), mask=row_exists)
 
 
-def with_an_id(task: Task, operands: Operands) -> Operands:
-    """With at least one id per row, which may be padding: a kernel has no empty arrays."""
-    if task.labels != "sparse":
-        return operands
-
-    def at_least_one(name: str, array: Array) -> Array:
-        is_empty = name in ENCODED and array.shape[1] == 0
-        return jnp.full((array.shape[0], 1), PADDING, jnp.int32) if is_empty else array
-
-    return operands.map(at_least_one)
-
-
-def decoders_of(
-    task: Task, inputs: Operands, tiling: TritonTiling, first_row: Any, row_exists: Any, before: Any
-) -> dict[str, Callable[..., Array]]:
-    """For labels in another form, by name: (chunk, its columns) to the labels of the tile that begins at that row."""
-    if task.labels == "dense":
-        return {}
-    form = {"packed": _packed_labels, "sparse": _sparse_labels}[task.labels]
-    refs = {name: getattr(inputs, name) for name in ENCODED}
-    return {name: form(ref, tiling, first_row, row_exists, before) for name, ref in refs.items() if ref is not None}
-
-
-def all_of(*masks: Any) -> Any:
+def _all(*masks: Any) -> Any:
     """What all of those say that there are; None where there is none."""
     found = [mask for mask in masks if mask is not None]
     return functools.reduce(jnp.logical_and, found) if found else None

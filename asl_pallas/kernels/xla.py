@@ -11,9 +11,8 @@ from jax import Array, lax
 
 from asl_pallas.bits import BITS, LANES, cut, pack_ids, unpack_bits
 from asl_pallas.kernels.logarithm import log
-from asl_pallas.kernels.operands import ENCODED, Operands, Result, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.summation import GROUP_OF_A_SUM, sum_last, sum_over
-from asl_pallas.kernels.tile import Task
+from asl_pallas.kernels.tile import ENCODED, Operands, Result, Task, compute_dtype, index_where_it_varies, positives
 from asl_pallas.kernels.tiling import CpuTiling, cpu_tiling
 from asl_pallas.kernels.versions import least
 from asl_pallas.losses.ops import EXACT, Ops
@@ -25,24 +24,16 @@ _UNPACKED = 1024  # classes
 def run(task: Task, operands: Operands, ops: Ops = EXACT) -> Result:
     """The whole problem at once, in any number of dimensions."""
     classes = operands.logits.shape[-1]
-    operands = operands.own_labels()._replace(decisions=())
     operands = operands.map(lambda name, array: positives(task.labels, array, classes) if name in ENCODED else array)
-    value, gradient, sums, _ = elements(task, operands, ops)
+    value, gradient, sums = task.evaluate(operands, ops=ops)
+    if task.statistics:
+        sums = sums._replace(counts=task.count(operands, ops=ops))
+        sums = lax.stop_gradient(task.row_statistics(sums, dataclasses.replace(ops, signed_per_element=True), operands))
     if task.value == "rows":
         value, sums = jax.tree.map(lambda part: sum_over(part, (part.ndim - 1,)), (value, sums))
     if task.gradient:
-        gradient = gradient.astype(task.gradient_of(operands.logits))
+        gradient = gradient.astype(operands.logits.dtype)
     return Result(value, gradient, sums)
-
-
-def elements(task: Task, operands: Operands, ops: Ops) -> Result:
-    """What `Task.evaluate` gives, with the counts of each element, and statistics as those of a row are defined."""
-    found = task.evaluate(operands, ops=ops)
-    if not task.statistics:
-        return found
-    sums = found.sums._replace(counts=task.count(operands, ops=ops))
-    sums = task.row_statistics(sums, dataclasses.replace(ops, signed_per_element=True), operands)
-    return found._replace(sums=lax.stop_gradient(sums))
 
 
 def run_streamed(task: Task, operands: Operands) -> Result:
@@ -53,12 +44,15 @@ def run_streamed(task: Task, operands: Operands) -> Result:
     the value comes block by block, with the block in the cache. That exp and log are computed twice costs less than the
     memory would. With packed labels the gradient comes block by block too, so that they can be unpacked in the cache.
     """
-    operands = operands.own_labels()
     tiling = cpu_tiling(*operands.logits.shape)
-    task, operands = with_words(task, operands)
+    if task.labels == "sparse":
+        # Words are a thirty-second of the logits, and would be made twice otherwise.
+        classes = operands.logits.shape[-1]
+        operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)
+        task = dataclasses.replace(task, labels="packed")
     one_result = task.value is None or (task.value == "elements" and not task.gradient)
     packed = task.labels == "packed"
-    if tiling is None or (one_result and not packed):
+    if tiling is None or (one_result and not packed) or task.statistics:
         return run(task, operands, CPU)
     value, gradient = None, None
     if task.value is not None:
@@ -71,15 +65,6 @@ def run_streamed(task: Task, operands: Operands) -> Result:
             ops = dataclasses.replace(CPU, signed_per_element=alone.needs_elements(operands))
             gradient = run(alone, operands if value is None else _after(value, operands), ops).gradient
     return Result(value, gradient)
-
-
-def with_words(task: Task, operands: Operands) -> tuple[Task, Operands]:
-    """With ids as the words of the labels, a thirty-second of the logits: they would be made twice otherwise."""
-    if task.labels != "sparse":
-        return task, operands
-    classes = operands.logits.shape[-1]
-    operands = operands.map(lambda name, array: pack_ids(array, classes) if name in ENCODED else array)
-    return dataclasses.replace(task, labels="packed"), operands
 
 
 def _after(value: Array, operands: Operands) -> Operands:
@@ -98,7 +83,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     rows, classes = operands.logits.shape
     packed = task.labels == "packed"
     sums = task.value == "rows"
-    dtype = task.gradient_of(operands.logits) if task.gradient else compute_dtype(operands.logits.dtype)
+    dtype = operands.logits.dtype if task.gradient else compute_dtype(operands.logits.dtype)
     ops = dataclasses.replace(CPU, signed_per_element=task.needs_elements(operands))
     by_element = dataclasses.replace(task, value=None if task.gradient else "elements")
 
@@ -119,15 +104,15 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
         # The barrier ties the operands to the block, or XLA converts all of a bfloat16 one ahead of the loop.
         arrays, row = lax.optimization_barrier((operands, row))
 
-        def of_the_block(words: Array) -> Array:
+        def unpacked(words: Array) -> Array:
             words = lax.dynamic_slice(words, (row, 0), (tiling.rows, words.shape[1]))
             if tiling.classes < classes:
                 words = cut(words, column, tiling.classes)
-            return unpacked(words, tiling.classes)
+            return _unpacked(words, tiling.classes)
 
         in_cache = {}
         if packed:
-            in_cache = {name: of_the_block(words) for name, words in arrays.arrays() if name in ENCODED}
+            in_cache = {name: unpacked(words) for name, words in arrays.arrays() if name in ENCODED}
 
         def evaluate(start: int, columns: int) -> Result:
             def part(name: str, array: Array) -> Array:
@@ -165,7 +150,7 @@ def _by_blocks(task: Task, operands: Operands, tiling: CpuTiling) -> Array:
     return task.row_losses(sum_last(result), ops) if sums else result
 
 
-def unpacked(words: Array, classes: int) -> Array:
+def _unpacked(words: Array, classes: int) -> Array:
     """The block's labels, written to the cache some classes at a time.
 
     In one expression with the loss it would keep the compiler from vectorising either: the gradient of float32

@@ -43,8 +43,6 @@ class Ops:
       stop_gradient: jax.lax.stop_gradient, or the identity where a backend has no such operation.
       cut: the identity on its arguments. A TPU kernel may store these in memory and begin another tile before it goes
         on with this one.
-      aside: the identity on a tree of arrays that several sums are made of. The CPU writes them to its cache, or XLA
-        would compute them anew for each sum.
       signed_per_element: each element's loss has its sign and isn't below 0. A kernel that only needs sums can do
         without: it multiplies the sum by `ElementwiseLoss.sign`, and takes 0 for a sum that a rounding took below 0.
       share_power: loss and slope share the power m^(gamma - 1): fewer operations, and more values in registers.
@@ -68,7 +66,6 @@ class Ops:
     excess: Callable[[Array, Array, Any], Array] = lambda u, p, margin: p - margin
     stop_gradient: Callable[[Array], Array] = lax.stop_gradient
     cut: Callable[..., tuple[Any, ...]] = lambda *values: values
-    aside: Callable[[Any], Any] = lambda values: values
     signed_per_element: bool = True
     share_power: bool = False
     infer_label_from_slope: bool = False
